@@ -1,15 +1,16 @@
 """
 Text to token shards, with the GPT-2 BPE:
 
-    python fineweb.py                                  FineWeb-Edu, 10 billion tokens, from the hub
-    python fineweb.py --source 'corpus/*.parquet'      local .parquet, .jsonl, .txt (.gz, .zst too)
-    python fineweb.py --source pydocs                  docstrings that this machine already has
-    python fineweb.py --verify --out_dir DIR           check the shards in a folder
+    python fineweb.py                                FineWeb-Edu, 10 billion tokens, from the hub
+    python fineweb.py --source 'corpus/*.parquet'    local .parquet, .jsonl, .txt (.gz, .zst too)
+    python fineweb.py --source pydocs                docstrings that this machine already has
+    python fineweb.py --verify --out_dir DIR         check the shards in a folder
 
-The source is cut into units: a run of parquet rows, a range of lines, a text file. Workers read and
-tokenise one unit each; the main process takes their tokens in source order, packs them into shards
-and writes these. The manifest records with every shard the place in the source where it ends, so the
-same command carries on from there after any interruption, and can make one damaged shard again.
+The source is cut into units: a run of parquet rows, a range of lines, a text file. Workers read
+and tokenise one unit each; the main process takes their tokens in source order, packs them into
+shards and writes these. The manifest records with each shard the place in the source where it
+ends, so the same command carries on from there after any interruption, and can make one damaged
+shard again.
 """
 
 import bisect
@@ -22,27 +23,27 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
-    import pyarrow.parquet
     import tiktoken
 
 # -----------------------------------------------------------------------------
 # configuration
 
-DEFAULT_DATASET, DEFAULT_NAME = "HuggingFaceFW/fineweb-edu", "sample-10BT"
+FINEWEB, SAMPLE = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 
 
 def count_cores() -> int:
@@ -55,46 +56,41 @@ class DataConfig:
     """Turn text into shards of GPT-2 tokens."""
 
     source: str = "hub"  # hub, pydocs, or a file or glob of .parquet, .jsonl, .txt (also .gz, .zst)
-    dataset: str = DEFAULT_DATASET  # data set on the hub
-    name: str | None = None  # its configuration (default: sample-10BT, or the other data set's own)
+    dataset: str = FINEWEB  # data set on the hub
+    name: str | None = None  # its configuration (sample-10BT, or another data set's own default)
     split: str = "train"  # its split
     text_column: str = "text"  # parquet column or JSON field that holds the text
-    out_dir: Path | None = None  # (default: edu_fineweb10B, or data/<source> for other sources)
+    out_dir: Path | None = None  # (edu_fineweb10B for the default data, else data/<source>)
     shard_size: int = 100_000_000  # tokens in a shard
     max_tokens: int | None = None  # stop after so many tokens
-    num_proc: int = field(default_factory=count_cores)  # worker processes (default: every core)
+    num_proc: int = field(default_factory=count_cores)  # worker processes (as many as cores)
     format: Literal["npy", "bin"] = "npy"  # bin: the files of llm.c and modded-nanogpt
-    retry_minutes: float = 30  # how long to keep trying while the hub does not answer
-    verify: bool = False  # check the shards in out_dir against the manifest, and stop
+    retry_minutes: float = 30  # how long to keep trying while the hub fails
+    verify: bool = False  # check the shards in out_dir against their manifest, and stop
 
     def __post_init__(self):
-        for name, least in (
-            ("shard_size", 2),
-            ("max_tokens", 2),
-            ("num_proc", 1),
-            ("retry_minutes", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} is {value}: make it {least} or more")
+        least = {"shard_size": 2, "max_tokens": 2, "num_proc": 1, "retry_minutes": 0}
+        for name, value in least.items():
+            given = getattr(self, name)
+            if given is not None and given < value:
+                raise ValueError(f"--{name} is {given}: make it {value} or more")
 
     @property
     def config_name(self) -> str | None:
-        return self.name or (DEFAULT_NAME if self.dataset == DEFAULT_DATASET else None)
+        return self.name or (SAMPLE if self.dataset == FINEWEB else None)
 
     @property
     def folder(self) -> Path:
         if self.out_dir:
             return self.out_dir
-        if self.source != "hub":
+        if self.source == "hub":
+            if (self.dataset, self.config_name) == (FINEWEB, SAMPLE):
+                return Path("edu_fineweb10B")
+            name = "-".join(filter(None, [self.dataset.split("/")[-1], self.config_name]))
+        else:  # corpus/*.parquet: data/corpus, corpus/books.jsonl.gz: data/books
             path = Path(self.source).resolve()
-            # corpus/*.parquet goes to data/corpus, corpus/books.jsonl.gz to data/books
-            return Path(
-                "data", path.parent.name if glob.has_magic(path.name) else path.name.split(".")[0]
-            )
-        if (self.dataset, self.config_name) == (DEFAULT_DATASET, DEFAULT_NAME):
-            return Path("edu_fineweb10B")
-        return Path("data", "-".join(filter(None, [self.dataset.split("/")[-1], self.config_name])))
+            name = path.parent.name if glob.has_magic(path.name) else path.name.split(".")[0]
+        return Path("data", name)
 
 
 # -----------------------------------------------------------------------------
@@ -160,25 +156,26 @@ def get_tokenizer() -> "tiktoken.Encoding":
         name="gpt2",
         # GPT-2's own split into words, numbers, punctuation and white space, in the form without
         # backtracking that tiktoken uses for it
-        pat_str=r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+        pat_str=r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++"""
+        r"""| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
         mergeable_ranks=load_tiktoken_bpe(str(RANKS_PATH)),
         special_tokens={"<|endoftext|>": EOT},
         explicit_n_vocab=50257,
     )
 
 
-# Where a text may be cut without changing its tokens: GPT-2's pattern never has white space after
-# anything else in one piece, and takes a run of white space but for its last character as one piece.
-# \s without \x1c-\x1f is what the tokenizer's own regex engine calls white space.
+# Where a text may be cut without changing its tokens: in no piece of GPT-2's split does white space
+# follow anything else, and a run of white space before a word is one piece but for its last blank.
+# \s without \x1c-\x1f is what the tokenizer's regex engine calls white space.
 SPACE = r"[^\S\x1c-\x1f]"
 SAFE_CUT = re.compile(rf"(?<=\S)(?={SPACE})|(?<={SPACE})(?={SPACE}\S)")
-PART_CHARS = 1 << 18  # tiktoken gives up at a million blanks in a row, and needs 15 bytes a byte
+PART_CHARS = 1 << 18  # tiktoken fails at a million blanks in a row and takes ten bytes for each
 
 
 def encode(text: str) -> np.ndarray:
-    """Return the uint16 tokens of one document, as `encode_ordinary` gives them.
+    """Return the uint16 tokens of one document, equal to `encode_ordinary` of the whole.
 
-    Long texts go through the tokenizer in parts. `<|endoftext|>` in the text is ordinary text.
+    <|endoftext|> in the text is ordinary text. Long texts are tokenised in parts.
     """
     tokenizer, parts, start = get_tokenizer(), [], 0
     while start < len(text):
@@ -186,8 +183,8 @@ def encode(text: str) -> np.ndarray:
         part = text[start : cut.start() if cut else len(text)]
         start += len(part)
         try:
-            tokens = tokenizer.encode_to_numpy(part, disallowed_special=())
-        except UnicodeEncodeError:  # half of a surrogate pair, as JSON can have: U+FFFD instead
+            tokens = tokenizer.encode_to_numpy(part, disallowed_special=())  # 10% faster, no list
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can have: becomes U+FFFD
             tokens = np.array(tokenizer.encode_ordinary(part))
         parts.append(tokens.astype(np.uint16))
     return np.concatenate(parts) if parts else np.empty(0, np.uint16)
@@ -200,11 +197,11 @@ def encode(text: str) -> np.ndarray:
 def pack_shards(
     documents: Iterable[np.ndarray | list[int]], shard_size: int, skip: int = 0
 ) -> Iterator[np.ndarray]:
-    """Yield shards of `shard_size` uint16 tokens; the last one has what is left.
+    """Yield shards of `shard_size` uint16 tokens; the last has what is left.
 
-    A document is its tokens, without <|endoftext|>: that is put before each here, before an empty
-    one as well. `skip` leaves out so many tokens at the start. A full shard is yielded only once
-    there is a token for the next, so the last shard is never empty.
+    A document is its tokens without <|endoftext|>, which is put before each (an empty one too).
+    The first `skip` tokens of the result are left out. A full shard comes only when there is a
+    token for the next one, so the last is never empty.
     """
     shard, filled = np.empty(shard_size, np.uint16), 0
     for document in documents:
@@ -222,7 +219,7 @@ def pack_shards(
 
 
 def take_tokens(documents: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """Yield documents until, with the <|endoftext|> before each, they hold `count` tokens."""
+    """Yield documents until they hold `count` tokens, <|endoftext|> before each included."""
     for document in documents:
         yield document[: count - 1]
         count -= 1 + len(document)
@@ -231,269 +228,382 @@ def take_tokens(documents: Iterable[np.ndarray], count: int) -> Iterator[np.ndar
 
 
 # -----------------------------------------------------------------------------
-# sources
+# the source: its files, and the units that they are cut into
 
-UNIT_BYTES = 2 << 20  # of text in a unit: 0.15 s of work, so that small sources use all cores
-HUB_UNIT_BYTES = 16 << 20  # one request each: 3,000 for 10BT, what the hub grants in five minutes
-BIG_ROW_GROUP = 64 << 20  # above this the main process reads the rows and hands them out as text
+UNIT_BYTES = 2 << 20  # of text: 0.15 s of work, so that small sources keep all cores busy
+HUB_UNIT_BYTES = 16 << 20  # a request each: 3,000 for 10BT, what the hub grants in five minutes
+BIG_ROW_GROUP = 64 << 20  # one above this is read by the main process and handed out as lines
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-PYDOCS_PACKAGES = ("numpy", "torch", "datasets")  # besides the standard library
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the documents come from: files in a fixed order, at a fixed revision."""
+    """Files in a fixed order at a fixed revision."""
 
-    kind: str  # hub, local or pydocs
-    revision: str  # equal only if the text is equal
-    files: tuple[tuple[str, int], ...]  # paths and sizes in bytes
+    name: str  # local, pydocs, or hub, data set, configuration and split
+    revision: str  # changes when the text does
+    files: tuple[tuple[str, int], ...]  # paths, and sizes in bytes
     text_column: str
-    dataset: str = ""
+    dataset: str | None = None  # on the hub
+    retry_minutes: float = 0  # for reads from the hub
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """A part of one file that a worker turns into tokens.
-
-    start and stop are rows of a parquet file, else bytes (of the text, where it is compressed).
-    What only one process can read in turn comes along, as JSON lines or texts.
-    """
+    """A part of one file: rows of parquet, else bytes (uncompressed)."""
 
     file: int
     start: int
     stop: int
     share: float  # of the file, for the progress bar
-    lines: bytes | None = None
-    texts: list[str | None] | None = None
-
-
-def file_kind(path: str) -> tuple[str, str | None]:
-    """Return the suffix that says how to read a file, and its compression."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
-    kind = "".join(suffixes[-2:-1] if compression else suffixes[-1:])
-    if kind not in (".jsonl", ".json", ".txt") and (kind, compression) != (".parquet", None):
-        raise ValueError(
-            f"{path}: fineweb.py reads .parquet, .jsonl and .txt (.gz, .zst): convert it"
-        )
-    return kind, compression
+    lines: bytes | None = None  # JSON lines, where only the main process can get at them
 
 
 def find_files(config: DataConfig) -> Source:
     """Find the files of `--source PATH`, in sorted order."""
-    paths = sorted(glob.glob(config.source, recursive=True)) or [config.source]
     fingerprint, files = hashlib.sha256(), []
-    for path in paths:
+    for path in sorted(glob.glob(config.source, recursive=True)) or [config.source]:
         if Path(path).is_dir():
-            raise ValueError(f"{path} is a folder: name the files in it, as in '{path}/*.parquet'")
+            raise ValueError(f"{path} is a folder: name its files, as in '{path}/*.parquet'")
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file: check --source")
-        file_kind(path)
-        with open(path, "rb") as file:  # both ends and the size: a change rarely leaves all three
+        with open(path, "rb") as file:  # size and both ends: few changes leave all of them alike
             size = os.fstat(file.fileno()).st_size
             fingerprint.update(f"{Path(path).name} {size}\n".encode() + file.read(1 << 16))
             file.seek(max(0, size - (1 << 16)))
             fingerprint.update(file.read())
         files.append((path, size))
-    return Source(
-        kind="local",
-        revision=fingerprint.hexdigest(),
-        files=tuple(files),
-        text_column=config.text_column,
-    )
+    revision, column = fingerprint.hexdigest(), config.text_column
+    return Source(name="local", revision=revision, files=tuple(files), text_column=column)
+
+
+def file_kind(path: str) -> tuple[str, str | None]:
+    """Return the suffix that tells how to read a file, and its compression."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes[-2:]]
+    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    kind = (suffixes[:-1] if compression else suffixes)[-1:]
+    if kind not in ([".jsonl"], [".json"], [".txt"]) and (kind, compression) != (
+        [".parquet"],
+        None,
+    ):
+        raise ValueError(f"{path}: not .parquet, .jsonl or .txt (.gz, .zst): convert it")
+    return kind[0], compression
 
 
 def open_file(source: Source, file: int) -> BinaryIO:
-    """Open a file of the source for reading, wherever it is."""
-    path, _ = source.files[file]
-    if source.kind == "pydocs":
+    """Open a file of the source, wherever it is."""
+    if source.name == "pydocs":
         return io.BytesIO(read_pydocs())
-    return open(path, "rb")
+    return HubFile(source, file) if source.dataset else open(source.files[file][0], "rb")
 
 
-@functools.lru_cache(maxsize=1)  # a worker reads one file for a long time
-def open_parquet(source: Source, file: int) -> tuple["pyarrow.parquet.ParquetFile", list[int]]:
-    """Open a parquet file; also return the row at which each row group starts."""
-    import pyarrow
-    import pyarrow.parquet
-
-    path = source.files[file][0]
-    try:
-        parquet = pyarrow.parquet.ParquetFile(open_file(source, file), buffer_size=1 << 20)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not a whole parquet file ({error}): fetch it again") from None
-    schema = parquet.schema_arrow
-    if source.text_column not in schema.names:
-        names = ", ".join(schema.names)
-        raise ValueError(
-            f"{path} has no column {source.text_column}: --text_column is one of {names}"
-        )
-    kind = schema.field(source.text_column).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise ValueError(
-            f"{path}: column {source.text_column} is {kind}, not text: see --text_column"
-        )
-    rows = (parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups))
-    return parquet, list(itertools.accumulate(rows, initial=0))
-
-
-def parquet_texts(source: Source, file: int, start: int, stop: int) -> Iterator[list[str | None]]:
-    """Yield the texts of rows start..stop, some at a time."""
-    parquet, first_rows = open_parquet(source, file)
-    group = bisect.bisect_right(first_rows, start) - 1
-    groups = range(group, bisect.bisect_left(first_rows, stop))
-    row = first_rows[group]
-    batches = parquet.iter_batches(256, groups, columns=[source.text_column], use_threads=False)
-    for batch in batches:
-        rows = batch.column(0)[max(0, start - row) : stop - row]
-        row += len(batch)
-        if len(rows):
-            yield rows.to_pylist()
-
-
-def parquet_units(source: Source, file: int, start: int, unit_bytes: int) -> Iterator[Unit]:
-    """Cut a parquet file into runs of row groups; hand out row groups that are too big as texts."""
-    parquet, first_rows = open_parquet(source, file)
-    schema, rows = parquet.metadata.schema, first_rows[-1]
-    column = [schema.column(i).path for i in range(len(schema))].index(source.text_column)
-
-    def unit(stop: int, texts: list[str | None] | None = None) -> Unit:
-        return Unit(file=file, start=start, stop=stop, share=(stop - start) / rows, texts=texts)
-
-    size = 0
-    for group in range(bisect.bisect_right(first_rows, start) - 1, parquet.num_row_groups):
-        first, stop = first_rows[group : group + 2]
-        group_size = parquet.metadata.row_group(group).column(column).total_uncompressed_size
-        if start < first and size + group_size > unit_bytes:
-            yield unit(first)
-            start, size = first, 0
-        size += group_size
-        if group_size > BIG_ROW_GROUP:
-            texts, chars = [], 0
-            for batch in parquet_texts(source, file, start, stop):
-                texts += batch
-                chars += sum(len(text or "") for text in batch)
-                if chars > UNIT_BYTES or start + len(texts) == stop:
-                    yield unit(start + len(texts), texts)
-                    start, texts, chars = start + len(texts), [], 0
-    if start < rows:
-        yield unit(rows)
-
-
-def stream_units(source: Source, file: int, start: int) -> Iterator[Unit]:
-    """Cut JSON lines that can only be read from the beginning into blocks of whole lines."""
+def open_text(source: Source, file: int, raw: BinaryIO | None = None) -> BinaryIO:
+    """Open a file of the source uncompressed; `raw` is it, if it is open already."""
     import pyarrow
 
-    raw = open_file(source, file)
-    size = raw.seek(0, os.SEEK_END)
-    raw.seek(0)
-    compression = file_kind(source.files[file][0])[1]
-    stream = pyarrow.input_stream(raw, compression=compression) if compression else raw
-    skip, seen, rest = start, 0, b""
-    while block := stream.read(min(skip, UNIT_BYTES) or UNIT_BYTES):
-        if skip:
-            skip -= len(block)
-            continue
-        cut = block.rfind(b"\n") + 1
-        lines, rest = (rest + block[:cut], block[cut:]) if cut else (b"", rest + block)
-        if lines:
-            share, seen = (raw.tell() - seen) / size, raw.tell()
-            yield Unit(file=file, start=start, stop=start + len(lines), share=share, lines=lines)
-            start += len(lines)
-    if rest:
-        yield Unit(file=file, start=start, stop=start + len(rest), share=0, lines=rest)
+    raw = raw or open_file(source, file)
+    if compression := file_kind(source.files[file][0])[1]:
+        return pyarrow.input_stream(raw, compression=compression)
+    return io.BufferedReader(raw) if isinstance(raw, io.RawIOBase) else raw
 
 
 def source_units(source: Source, file: int, start: int) -> Iterator[Unit]:
-    """Cut the source into units, from a place where a unit starts on."""
-    for at in range(file, len(source.files)):
-        path, size = source.files[at]
+    """Cut the source into units, from a place where one starts."""
+    for at, (path, size) in enumerate(source.files[file:], file):
         kind, compression = file_kind(path)
-        unit_bytes = HUB_UNIT_BYTES if source.kind == "hub" else UNIT_BYTES
-        if kind == ".parquet":
-            yield from parquet_units(source, at, start, unit_bytes)
-        elif kind == ".txt":
-            yield Unit(file=at, start=0, stop=size, share=1)
-        elif compression or source.kind == "pydocs":
-            yield from stream_units(source, at, start)
-        else:
-            for begin in range(start, size, unit_bytes):
-                stop = min(size, begin + unit_bytes)
-                yield Unit(file=at, start=begin, stop=stop, share=(stop - begin) / size)
+        with blame(path):
+            if kind == ".parquet":
+                yield from open_parquet(source, at).units(start)
+            elif kind == ".txt":
+                yield Unit(file=at, start=0, stop=size, share=1)
+            elif compression or source.name == "pydocs":
+                yield from stream_units(source, at, start)
+            else:
+                step = HUB_UNIT_BYTES if source.dataset else UNIT_BYTES
+                for begin in range(start, size, step):
+                    stop = min(size, begin + step)
+                    yield Unit(file=at, start=begin, stop=stop, share=(stop - begin) / size)
         start = 0
 
 
-def json_texts(source: Source, unit: Unit) -> Iterator[str | None]:
-    """Yield the text of each JSON line that begins in the unit."""
-    path = source.files[unit.file][0]
-    offset = unit.start
-    with io.BytesIO(unit.lines) if unit.lines else open_file(source, unit.file) as file:
-        if not unit.lines and offset:  # the line across the start belongs to the unit before
-            file.seek(offset - 1)
-            offset += len(file.readline()) - 1
-        while offset < unit.stop and (line := file.readline()):
-            try:
-                row = json.loads(line) if line.strip() else {source.text_column: None}
-            except ValueError as error:
-                what = (
-                    "is not UTF-8"
-                    if isinstance(error, UnicodeDecodeError)
-                    else "is cut off or damaged"
-                )
-                raise ValueError(
-                    f"{path}: the JSON line at byte {offset} {what}: repair or remove it"
-                ) from None
-            if not isinstance(row, dict) or source.text_column not in row:
-                names = ", ".join(row) if isinstance(row, dict) else "none: it is no object"
-                raise ValueError(
-                    f"{path}: the line at byte {offset} has no field {source.text_column}: --text_column is one of {names}"
-                )
-            text = row[source.text_column]
-            yield text
-            offset += len(line)
-
-
 def unit_texts(source: Source, unit: Unit) -> Iterator[str | None]:
-    """Yield the texts of a unit, None for a row that has none."""
-    path = source.files[unit.file][0]
-    kind, compression = file_kind(path)
-    if unit.texts is not None:
-        yield from unit.texts
-    elif kind == ".parquet":
-        for texts in parquet_texts(source, unit.file, unit.start, unit.stop):
-            yield from texts
+    """Yield the texts of a unit, None for a row or file that has none."""
+    kind, _ = file_kind(source.files[unit.file][0])
+    if kind == ".parquet" and unit.lines is None:
+        yield from open_parquet(source, unit.file).texts(unit.start, unit.stop)
     elif kind == ".txt":
-        import pyarrow
-
-        with open_file(source, unit.file) as file:
-            data = (
-                pyarrow.input_stream(file, compression=compression) if compression else file
-            ).read()
+        with open_text(source, unit.file) as file:
+            data = file.read()
         if b"\0" in data:
-            raise ValueError(f"{path} is not a text file (byte {data.index(0)} is 0): leave it out")
+            raise ValueError(f"is no text file (byte {data.index(0)} is 0): leave it out")
         try:
             yield data.decode() or None
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{path} is not UTF-8 at byte {error.start}: convert it with iconv"
+                f"is not UTF-8 at byte {error.start}: convert it, as by iconv"
             ) from None
     else:
         yield from json_texts(source, unit)
+
+
+@contextlib.contextmanager
+def blame(path: str) -> Iterator[None]:
+    """Put the name of the file before what is wrong with it."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError):
+        raise
+    except (ValueError, OSError) as error:  # pyarrow's errors are all one or the other
+        what = error if type(error) is ValueError else f"cannot be read ({error}): is it whole?"
+        raise ValueError(f"{path} {what}") from None
+
+
+def stream_units(source: Source, file: int, start: int) -> Iterator[Unit]:
+    """Cut JSON lines that can only be read from the beginning into blocks of whole lines."""
+    raw = open_file(source, file)
+    size, seen, rest = raw.seek(0, os.SEEK_END), 0, b""
+    raw.seek(0)
+    with open_text(source, file, raw) as text:
+        for skip in range(0, start, UNIT_BYTES):
+            text.read(min(UNIT_BYTES, start - skip))
+        while block := text.read(UNIT_BYTES):
+            cut = block.rfind(b"\n") + 1
+            lines, rest = rest + block[:cut] if cut else b"", block[cut:] if cut else rest + block
+            if lines:
+                share, seen = (raw.tell() - seen) / size, raw.tell()
+                stop = start + len(lines)
+                yield Unit(file=file, start=start, stop=stop, share=share, lines=lines)
+                start = stop
+    if rest:
+        yield Unit(file=file, start=start, stop=start + len(rest), share=0, lines=rest)
+
+
+def json_texts(source: Source, unit: Unit) -> Iterator[str | None]:
+    """Yield the text of each JSON line that starts in the unit."""
+    at, name = unit.start, source.text_column
+    with io.BytesIO(unit.lines) if unit.lines else open_text(source, unit.file) as file:
+        if unit.lines is None and at:  # a line across the start belongs to the unit before
+            file.seek(at - 1)
+            at += len(file.readline()) - 1
+        while at < unit.stop and (line := file.readline()):
+            try:
+                row = json.loads(line) if line.strip() else {name: None}
+            except ValueError as error:
+                utf8 = isinstance(error, UnicodeDecodeError)
+                what = "is not UTF-8" if utf8 else "is cut off or no JSON"
+                raise ValueError(f"line at byte {at} {what}: repair or remove it") from None
+            if not isinstance(row, dict) or not isinstance(row.get(name, 0), str | None):
+                fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                hint = f"--text_column is one of {fields}"
+                raise ValueError(f"line at byte {at} has no text in field {name}: {hint}")
+            yield row[name]
+            at += len(line)
+
+
+class ParquetText:
+    """The text column of a parquet file, by rows."""
+
+    def __init__(self, source: Source, file: int):
+        import pyarrow.parquet
+
+        self.source, self.number, self.raw = source, file, open_file(source, file)
+        self.file = pyarrow.parquet.ParquetFile(self.raw, buffer_size=1 << 20)
+        schema, name = self.file.schema_arrow, source.text_column
+        if name not in schema.names:
+            columns = ", ".join(schema.names)
+            raise ValueError(f"has no column {name}: --text_column is one of {columns}")
+        if str(kind := schema.field(name).type) not in ("string", "large_string"):
+            raise ValueError(f"has {kind}, not text, in column {name}: see --text_column")
+        leaves = [self.file.schema.column(i).path for i in range(len(self.file.schema))]
+        groups = [self.file.metadata.row_group(i) for i in range(self.file.num_row_groups)]
+        self.chunks = [group.column(leaves.index(name)) for group in groups]
+        self.first_rows = list(itertools.accumulate((g.num_rows for g in groups), initial=0))
+
+    def texts(self, start: int, stop: int) -> Iterator[str | None]:
+        """Yield the texts of rows start to stop."""
+        first = bisect.bisect_right(self.first_rows, start) - 1
+        groups = list(range(first, bisect.bisect_left(self.first_rows, stop)))
+        row = self.first_rows[first]
+        for run in self.fetch(groups) if self.source.dataset else [groups]:
+            batches = self.file.iter_batches(256, run, [self.source.text_column], use_threads=False)
+            for batch in batches:
+                rows = batch.column(0)[max(0, start - row) : max(0, stop - row)]
+                row += len(batch)
+                yield from rows.to_pylist()
+
+    def fetch(self, groups: list[int]) -> Iterator[list[int]]:
+        """Yield runs of row groups, each once its bytes have come from the hub in one request."""
+        spans = []
+        for chunk in (self.chunks[group] for group in groups):
+            begin = chunk.dictionary_page_offset or chunk.data_page_offset
+            spans.append((begin, begin + chunk.total_compressed_size))
+        text, whole = sum(stop - begin for begin, stop in spans), spans[-1][1] - spans[0][0]
+        step = len(groups) if 2 * text > whole else 1  # other columns come along, up to a half
+        for i in range(0, len(groups), step):
+            if text <= BIG_ROW_GROUP:
+                self.raw.fetch(spans[i][0], spans[min(len(spans), i + step) - 1][1])
+            yield groups[i : i + step]
+
+    def units(self, start: int) -> Iterator[Unit]:
+        """Cut the rows from start on into runs of row groups, and too big groups into lines."""
+        limit = HUB_UNIT_BYTES if self.source.dataset else UNIT_BYTES
+        rows, size = self.first_rows[-1], 0
+
+        def unit(stop: int, lines: bytes | None = None) -> Unit:
+            share = (stop - start) / rows
+            return Unit(file=self.number, start=start, stop=stop, share=share, lines=lines)
+
+        for i in range(bisect.bisect_right(self.first_rows, start) - 1, len(self.chunks)):
+            first, stop, group = *self.first_rows[i : i + 2], self.chunks[i].total_uncompressed_size
+            if start < first and size + group > limit:
+                yield unit(first)
+                start, size = first, 0
+            size += group
+            lines, held = [], 0
+            for text in self.texts(start, stop) if group > BIG_ROW_GROUP else ():
+                lines.append(json.dumps({self.source.text_column: text}).encode() + b"\n")
+                held += len(lines[-1])
+                if held > UNIT_BYTES or start + len(lines) == stop:
+                    yield unit(start + len(lines), b"".join(lines))
+                    start, lines, held = start + len(lines), [], 0
+        if start < rows:
+            yield unit(rows)
+
+
+open_parquet = functools.lru_cache(maxsize=1)(ParquetText)  # a worker stays in a file for long
+
+
+# -----------------------------------------------------------------------------
+# the hub
+
+HUB_TIMEOUT = 30  # seconds without a byte after which a request counts as stalled
+READ_AHEAD = 8 << 20  # bytes, where a file is read in turn
+
+
+class HubFile(io.RawIOBase):
+    """A file on the hub, read by byte ranges: nothing is kept on disk."""
+
+    def __init__(self, source: Source, file: int):
+        self.source, (self.path, self.size) = source, source.files[file]
+        self.at, self.begin, self.data = 0, 0, b""
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, size: int | None = -1) -> bytes:
+        stop = self.size if size is None or size < 0 else min(self.size, self.at + size)
+        if not self.begin <= self.at <= stop <= self.begin + len(self.data):
+            self.fetch(self.at, min(self.size, max(stop, self.at + READ_AHEAD)))
+        self.at, begin = stop, self.at
+        return self.data[begin - self.begin : stop - self.begin]
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def fetch(self, begin: int, stop: int) -> None:
+        """Get bytes begin to stop, in one request, for the reads that follow."""
+        self.begin, self.data = begin, b""
+        if begin < stop:
+            self.data = retry(lambda: self.request(begin, stop), self.source.retry_minutes)
+
+    def request(self, begin: int, stop: int) -> bytes:
+        import huggingface_hub
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        revision, data = self.source.revision, b""
+        url = huggingface_hub.hf_hub_url(
+            self.source.dataset, self.path, repo_type="dataset", revision=revision
+        )
+        headers = {**build_hf_headers(), "Range": f"bytes={begin}-{stop - 1}"}
+        with hub_errors():
+            with get_session().stream("GET", url, headers=headers, timeout=HUB_TIMEOUT) as response:
+                hf_raise_for_status(response)
+                if response.status_code == 206:
+                    data = response.read()
+        if len(data) != stop - begin:
+            raise ConnectionError(
+                f"the hub sent {len(data)} of {stop - begin} bytes of {self.path}"
+            )
+        return data
+
+
+@contextlib.contextmanager
+def hub_errors() -> Iterator[None]:
+    """Turn the errors of the hub's client into ConnectionError, if trying again may help."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        offline = "unset it, or give files that you have with --source"
+        raise ValueError(f"HF_HUB_OFFLINE keeps fineweb.py from the hub: {offline}") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (408, 429) or status >= 500:
+            raise ConnectionError(f"the hub answers {status}") from None
+        raise ValueError(f"{error}: check --dataset, or set HF_TOKEN") from None
+    except httpx2.TransportError as error:
+        what = str(error) or type(error).__name__
+        raise ConnectionError(f"the hub cannot be reached ({what})") from None
+
+
+def find_dataset(config: DataConfig) -> tuple[str, list[tuple[str, int]]]:
+    """Return the data set's revision, and the paths and sizes of the files of name and split."""
+    import datasets
+    import httpx2
+    from huggingface_hub import HfApi, get_session, hf_hub_download, set_client_factory
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    settings = {"event_hooks": get_session().event_hooks, "follow_redirects": True}
+    set_client_factory(lambda: httpx2.Client(**settings, timeout=HUB_TIMEOUT))  # else for ever
+    datasets.disable_progress_bars()
+    with hub_errors():
+        revision = HfApi().dataset_info(config.dataset, timeout=HUB_TIMEOUT).sha
+        # datasets would take a card that does not arrive for no card, and find other files
+        with contextlib.suppress(RemoteEntryNotFoundError):
+            hf_hub_download(config.dataset, "README.md", repo_type="dataset", revision=revision)
+        builder = datasets.load_dataset_builder(
+            config.dataset, config.config_name, revision=revision
+        )
+        splits = builder.config.data_files or {}
+        if config.split not in splits:
+            names = ", ".join(splits)
+            raise ValueError(f"{config.dataset} has no {config.split}: --split is one of {names}")
+        paths = [str(url).split(f"@{revision}/", 1)[1] for url in splits[config.split]]
+        files = HfApi().get_paths_info(
+            config.dataset, paths, revision=revision, repo_type="dataset"
+        )
+    sizes = {file.path: file.size for file in files}
+    return revision, [(path, sizes[path]) for path in paths]
 
 
 # -----------------------------------------------------------------------------
 # pydocs: the docstrings of the standard library and of this project's own requirements
 
 
-def find_pydocs(config: DataConfig) -> Source:
+PYDOCS_PACKAGES = ("numpy", "torch", "datasets")  # besides the standard library
+
+
+def find_pydocs() -> Source:
     """Describe the embedded corpus by the versions that it is read from."""
     from importlib.metadata import version
 
     versions = [f"{name} {version(name)}" for name in PYDOCS_PACKAGES]
     revision = ", ".join([f"python {sys.version.split()[0]}", *versions])
-    return Source(
-        kind="pydocs", revision=revision, files=(("pydocs.jsonl", 1),), text_column="text"
-    )
+    files = (("pydocs.jsonl", 1),)  # a file that is only ever in memory
+    return Source(name="pydocs", revision=revision, files=files, text_column="text")
 
 
 def read_pydocs() -> bytes:
@@ -546,102 +656,115 @@ def docstrings(path: Path) -> list[str]:
 # workers
 
 
-def worker_pool(num_proc: int) -> ProcessPoolExecutor:
-    """Start worker processes, in the one way that is the same on every system."""
+@contextlib.contextmanager
+def worker_pool(num_proc: int) -> Iterator[Executor]:
+    """Run worker processes, started in the one way that is the same on every system."""
     import multiprocessing
 
-    return ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), start_worker)
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_proc, spawn, initializer=start_worker)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise OSError("a worker died, as for want of memory: try a lower --num_proc") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def start_worker() -> None:
+    """Leave Ctrl-C to the main process, and do not outlive it, not even kill -9."""
     import multiprocessing
     import threading
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    parent = multiprocessing.parent_process()  # workers must not outlive it, not even kill -9
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def tokenize_unit(source: Source, unit: Unit) -> tuple[np.ndarray, int, int]:
-    """Return a unit's documents as one array with EOT between them, their number, and of nulls."""
+def tokenize_unit(source: Source, unit: Unit) -> tuple[np.ndarray | None, int]:
+    """Return a unit's tokens, EOT between its documents (None: it has none), and its nulls."""
     parts, nulls = [], 0
-    for text in unit_texts(source, unit):
-        if text is None:
-            nulls += 1
-        else:
-            parts += [np.array([EOT], np.uint16), encode(text)]
-    tokens = np.concatenate(parts[1:]) if parts else np.empty(0, np.uint16)
-    return tokens, len(parts) // 2, nulls
+    with blame(source.files[unit.file][0]):
+        for text in unit_texts(source, unit):
+            if text is None:
+                nulls += 1
+            else:
+                parts += [np.array([EOT], np.uint16), encode(text)]
+    return np.concatenate(parts[1:]) if parts else None, nulls
 
 
 def retry(call: Callable[[], Any], minutes: float) -> Any:
-    """Return call(); while it raises ConnectionError, go on trying with growing pauses."""
+    """Return call(), trying again with growing pauses while it raises ConnectionError."""
     give_up, pause = None, 1
     while True:
         try:
             return call()
         except (ConnectionError, TimeoutError) as error:
+            if not minutes:
+                raise
             give_up = give_up or time.monotonic() + 60 * minutes
-            left = give_up - time.monotonic()
-            if left < pause:
-                raise ConnectionError(f"gave up after {minutes:g} minutes: {error}") from None
-            say(f"{error}: trying again in {pause} s, for {left / 60:.0f} min more")
+            if (left := give_up - time.monotonic()) < pause:
+                what = f"{error}, for {minutes:g} minutes"
+                raise ConnectionError(f"{what}: run the same command to carry on") from None
+            say(f"{error}: trying again in {pause} s, for {left / 60:.0f} minutes more")
             time.sleep(pause)
             pause = min(60, 2 * pause)
 
 
 class TokenStream:
-    """The tokens of a source from some place on, a unit at a time, made by the workers of a pool.
+    """The tokens of the source from some place on, unit after unit, made by the workers.
 
-    Up to `ahead` units are in flight, so memory is bounded; they come out in source order.
+    A place is a file, the start of a unit in it, and a number of tokens after that.
     """
 
     def __init__(self, config: DataConfig, source: Source, place: list[int], pool: Executor):
-        file, start, self.skip = place  # skip: tokens of the first unit that are before the place
-        self.source, self.pool, self.minutes = source, pool, config.retry_minutes
-        self.ahead = 2 * config.num_proc + 2
-        self.units = source_units(source, file, start)
-        self.marks = [(0, file, start)]  # tokens before each unit, and where it starts
-        self.drawn = self.nulls = 0
+        file, start, self.skip = place  # the tokens skipped are those of the shard before
+        self.source, self.pool, self.retry_minutes = source, pool, config.retry_minutes
+        self.units = source_units(replace(source, retry_minutes=config.retry_minutes), file, start)
+        self.in_flight = 2 * config.num_proc + 2  # bounds memory, whatever the source's size
+        self.starts = [(0, file, start)]  # of units: tokens of the stream before it, and its place
+        self.tokens = self.nulls = 0
         self.read, self.to_read = 0.0, sum(size for _, size in source.files[file:])
 
     def __iter__(self) -> Iterator[np.ndarray]:
         flight, failed = deque(), False
 
-        def first_result() -> tuple[np.ndarray, int, int]:
+        def submit(unit: Unit) -> tuple[Unit, Future]:
+            return unit, self.pool.submit(tokenize_unit, self.source, unit)
+
+        def first_result() -> tuple[np.ndarray | None, int]:
             nonlocal failed
-            for item in flight if failed else ():  # send out again all that failed, at once
-                if item[1].done() and item[1].exception():
-                    item[1] = self.pool.submit(tokenize_unit, self.source, item[0])
+            for i, (unit, result) in enumerate(flight if failed else ()):
+                if result.done() and result.exception():  # all that failed goes out again at once
+                    flight[i] = submit(unit)
             failed = True
             result = flight[0][1].result()
             failed = False
             return result
 
         while True:
-            while len(flight) < self.ahead and (unit := next(self.units, None)):
-                flight.append([unit, self.pool.submit(tokenize_unit, self.source, unit)])
+            while len(flight) < self.in_flight and (unit := next(self.units, None)):
+                flight.append(submit(unit))
             if not flight:
                 return
-            unit = flight[0][0]
-            tokens, documents, nulls = retry(first_result, self.minutes)
-            flight.popleft()
-            self.marks.append((self.drawn, unit.file, unit.start))
+            tokens, nulls = retry(first_result, self.retry_minutes)
+            unit, _ = flight.popleft()
+            self.starts.append((self.tokens, unit.file, unit.start))
             self.read += unit.share * self.source.files[unit.file][1]
             self.nulls += nulls
-            if documents:
-                self.drawn += 1 + len(tokens)
+            if tokens is not None:
+                self.tokens += 1 + len(tokens)
                 yield tokens
 
-    def expected_tokens(self) -> int:
-        """Estimate the whole stream's tokens from the part of the source that has been read."""
-        return int((self.drawn - self.skip) * max(1.0, self.to_read / (self.read or self.to_read)))
-
     def place(self, tokens: int) -> list[int]:
-        """Return the place so many tokens into the stream; later calls must not go back."""
-        del self.marks[: bisect.bisect_right(self.marks, (tokens, 1 << 62)) - 1]
-        before, file, start = self.marks[0]
+        """Return the place so many tokens into the stream; calls must go forward."""
+        del self.starts[: bisect.bisect_right(self.starts, (tokens, 1 << 62)) - 1]
+        before, file, start = self.starts[0]
         return [file, start, tokens - before]
+
+    def expected_tokens(self) -> int:
+        """Estimate the tokens of the whole stream from the part that has been read."""
+        return int((self.tokens - self.skip) * max(1.0, self.to_read / (self.read or self.to_read)))
 
 
 # -----------------------------------------------------------------------------
@@ -651,43 +774,48 @@ MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
 
 
 def say(message: str) -> None:
-    """Print a line without tearing the progress bar."""
+    """Print a line, and leave the progress bar whole."""
     from tqdm import tqdm
 
     tqdm.write(message)
     sys.stdout.flush()
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the system lets go when it dies. Leave no empty folder."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+def take_lock(folder: Path) -> BinaryIO:
+    """Make the folder and lock it for this process, until the file is closed or the process dies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a")
+        lock = open(folder / ".lock", "ab")  # noqa: SIM115
     except OSError as error:
-        raise OSError(
-            f"{folder} cannot be written ({error.strerror}): choose another --out_dir"
-        ) from None
+        what = f"{folder} cannot be written ({error.strerror})"
+        raise OSError(f"{what}: choose another --out_dir") from None
     try:
-        try:
-            if os.name == "nt":
-                import msvcrt
+        if os.name == "nt":
+            import msvcrt
 
-                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
 
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise ValueError(f"{folder} is in use by another fineweb.py: wait for it") from None
-        try:
-            yield
-        finally:
-            lock.close()
-            with contextlib.suppress(OSError):
-                (folder / ".lock").unlink()
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        what = f"{folder} is in use by another fineweb.py ({error.strerror})"
+        raise ValueError(f"{what}: wait for it, or choose another --out_dir") from None
+    return lock
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock; leave neither it behind nor, where nothing was written, a new folder."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with take_lock(folder):
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    (folder / ".lock").unlink()
     finally:
         for path in made:
             with contextlib.suppress(OSError):
@@ -695,7 +823,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> str:
-    """Write a file that is either whole or not there, whatever happens; return its sha256."""
+    """Write a file that is either there and whole or not there at all; return its sha256."""
     digest, temporary = hashlib.sha256(), path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -705,226 +833,219 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> str:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+        if os.name != "nt":  # the name has to survive a power cut as well
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        what = f"{path} cannot be written ({error.strerror}), all before it is kept"
+        raise OSError(f"{what}: make room and run the same command to carry on") from None
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):
-            raise OSError(
-                f"{path} cannot be written ({error.strerror}): make room and run the same command "
-                "again, which carries on after the last whole shard"
-            ) from None
-        raise
-    if os.name != "nt":  # the new name, too, is to survive a power cut
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
     return digest.hexdigest()
 
 
 def shard_header(tokens: int, format: str) -> bytes:
-    """Return what comes before the tokens in a shard."""
-    if format == "bin":
-        header = np.zeros(256, "<i4")
-        header[:3] = 20240520, 1, tokens  # llm.c: magic, version, number of tokens
-        return header.tobytes()
-    header = io.BytesIO()
-    layout = {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
+    """Return the bytes of a shard file that come before its tokens."""
+    if format == "bin":  # llm.c: magic, version and number of tokens in 256 int32
+        return np.array([20240520, 1, tokens] + [0] * 253, "<i4").tobytes()
+    header, layout = io.BytesIO(), {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(header, layout)
     return header.getvalue()
 
 
-def shard_bytes(tokens: np.ndarray, format: str) -> tuple[bytes, memoryview]:
-    """Return a shard as it is in its file: header and tokens."""
-    little_endian = tokens.astype("<u2", copy=False)
-    return shard_header(len(tokens), format), memoryview(little_endian).cast("B")
+def write_shard(path: Path, tokens: np.ndarray) -> str:
+    """Write a shard in the format of its suffix; return the sha256 of the file."""
+    header = shard_header(len(tokens), path.suffix[1:])
+    return write_atomically(path, header, memoryview(tokens.astype("<u2", copy=False)).cast("B"))
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, bool]:
-    """Return the folder's manifest, if there is one, and whether all its shards were made."""
+    """Return the folder's manifest, if it has one, and whether it is finished."""
     for name in MANIFEST, PARTIAL:
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                return json.loads((folder / name).read_bytes()), name == MANIFEST
-            except ValueError:
-                raise ValueError(
-                    f"{folder / name} is damaged: delete {folder}, start afresh"
-                ) from None
+        try:
+            return json.loads((folder / name).read_bytes()), name == MANIFEST
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            raise ValueError(
+                f"{folder / name} is damaged: delete {folder} and start anew"
+            ) from None
     return None, False
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], finished: bool = False) -> None:
-    """Replace the manifest of an unfinished folder; when all is done it gets its final name."""
+    """Record what is done; a finished manifest gets its final name."""
     manifest["tokens"] = sum(shard["tokens"] for shard in manifest["shards"])
-    text = json.dumps(manifest, indent=1) + "\n"
-    write_atomically(folder / PARTIAL, text.encode())
+    write_atomically(folder / PARTIAL, (json.dumps(manifest, indent=1) + "\n").encode())
     if finished:
         os.replace(folder / PARTIAL, folder / MANIFEST)
 
 
-def write_shard(
-    config: DataConfig, manifest: dict[str, Any], tokens: np.ndarray, end: list[int]
-) -> None:
-    """Write the next shard, then record it."""
-    index = len(manifest["shards"])
-    name = f"edufineweb_{'train' if index else 'val'}_{index:06d}.{config.format}"
-    sha256 = write_atomically(config.folder / name, *shard_bytes(tokens, config.format))
-    manifest["shards"].append({"name": name, "tokens": len(tokens), "sha256": sha256, "end": end})
-    write_manifest(config.folder, manifest)
+def shard_fault(folder: Path, shard: dict[str, Any], thorough: bool = True) -> str | None:
+    """Return what is wrong with a shard on disk; its length alone, if not `thorough`."""
+    path, tokens = folder / shard["name"], shard["tokens"]
+    header = shard_header(tokens, path.suffix[1:])
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != len(header) + 2 * tokens:
+        return f"{path.stat().st_size:,} bytes, not {len(header) + 2 * tokens:,}"
+    if thorough:
+        with open(path, "rb") as file:
+            if file.read(len(header)) != header:
+                return "damaged header"
+            top = np.memmap(path, "<u2", "r", len(header)).max()
+            if top > EOT:
+                return f"id {top}, beyond {EOT}"
+            file.seek(0)
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                return "other sha256"
+    return None
 
 
-def is_whole(folder: Path, shard: dict[str, Any]) -> bool:
-    """Whether a recorded shard is there, in the right length."""
-    path = folder / shard["name"]
-    size = len(shard_header(shard["tokens"], path.suffix[1:])) + 2 * shard["tokens"]
-    return path.is_file() and path.stat().st_size == size
+def verify(config: DataConfig) -> None:
+    """Check every shard against the manifest; rename damaged ones to NAME.damaged.
 
-
-def verify_shards(config: DataConfig) -> None:
-    """Check every shard against the manifest; put damaged ones aside as NAME.damaged.
-
-    Raises ValueError that names the damaged ones. The next run makes again what is missing.
+    Raises ValueError that names them. The next run finds them missing and makes them again.
     """
     from tqdm import tqdm
 
-    folder = config.folder
+    folder, faults = config.folder, []
     manifest, _ = read_manifest(folder)
     if manifest is None:
         raise FileNotFoundError(f"{folder} has no {MANIFEST}: name the folder with --out_dir")
-    damaged = []
-    bar = tqdm(total=manifest["tokens"], unit="tok", unit_scale=True, disable=None)
-    for shard in manifest["shards"]:
-        path = folder / shard["name"]
-        header = shard_header(shard["tokens"], path.suffix[1:])
-        fault = None if is_whole(folder, shard) else "missing, or not in its length"
-        if not fault:
-            with open(path, "rb") as file:
-                digest = hashlib.sha256(file.read(len(header)))
-                fault = None if digest.digest() == hashlib.sha256(header).digest() else "header"
-                while block := file.read(1 << 24):
-                    digest.update(block)
-                    ids = np.frombuffer(block, "<u2")
-                    if not fault and ids.max() > EOT:
-                        fault = f"id {ids.max()}"
-                    bar.update(len(ids))
-            fault = fault or (None if digest.hexdigest() == shard["sha256"] else "sha256")
-        if fault:
-            damaged.append(f"{shard['name']} ({fault})")
-            if path.exists():
-                path.replace(path.with_name(path.name + ".damaged"))
-    bar.close()
-    if damaged:
-        raise ValueError(
-            f"{folder}: damaged: {', '.join(damaged)}: make them again with the same command as before"
+    with tqdm(total=manifest["tokens"], unit=" tokens", unit_scale=True, disable=None) as bar:
+        for shard in manifest["shards"]:
+            if fault := shard_fault(folder, shard):
+                faults.append(f"{shard['name']} ({fault})")
+                if (path := folder / shard["name"]).exists():
+                    path.replace(f"{path}.damaged")
+            bar.update(shard["tokens"])
+    if faults:
+        names = (
+            f"{len(faults)} of {len(manifest['shards'])} shards are damaged: {', '.join(faults)}"
         )
+        raise ValueError(f"{folder}: {names}: run the command that made them to repair them")
     say(f"{folder}: {len(manifest['shards'])} shards, {manifest['tokens']:,} tokens, all whole")
 
 
 # -----------------------------------------------------------------------------
-# all together
-
-
-def tokenize(config: DataConfig) -> None:
-    """Make the shards of `config`, or go on making them."""
-    if config.verify:
-        return verify_shards(config)
-    with locked(config.folder):
-        manifest, finished = read_manifest(config.folder)
-        source = find_source(config, manifest)
-        settings = describe(config, source)
-        if manifest is None:
-            manifest = {**settings, "tokens": 0, "shards": []}
-        for key, value in settings.items():
-            if manifest.get(key) != value:
-                raise ValueError(
-                    f"{config.folder} was made with {key} {manifest.get(key)}, not {value}: "
-                    "choose another --out_dir, or delete it"
-                )
-        broken = [
-            i for i, shard in enumerate(manifest["shards"]) if not is_whole(config.folder, shard)
-        ]
-        if finished and not broken:
-            return say(
-                f"{config.folder} is finished: {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards"
-            )
-        with worker_pool(config.num_proc) as pool:
-            try:
-                for index in broken:
-                    repair_shard(config, manifest, source, index, pool)
-                if not finished:
-                    make_shards(config, manifest, source, pool)
-            except BrokenProcessPool:
-                raise OSError(
-                    "a worker was killed, most likely for want of memory: try a lower --num_proc"
-                ) from None
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
-                say(f"stopped after {len(manifest['shards'])} shards: the same command carries on")
-                sys.exit(130)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+# the run
 
 
 def find_source(config: DataConfig, manifest: dict[str, Any] | None) -> Source:
-    """Find what to read; for the hub, at the revision of the manifest if there is one."""
-    if config.source == "hub":
-        raise NotImplementedError
-    return find_pydocs(config) if config.source == "pydocs" else find_files(config)
+    """Find what to read; from the hub, the revision and files that a manifest has pinned."""
+    if config.source == "pydocs":
+        return find_pydocs()
+    if config.source != "hub":
+        return find_files(config)
+    name = " ".join(["hub", config.dataset, config.config_name or "(default)", config.split])
+    if manifest and manifest["source"] == name:
+        revision, files = manifest["revision"], manifest["files"]
+    else:
+        revision, files = retry(lambda: find_dataset(config), config.retry_minutes)
+    return Source(
+        name=name,
+        revision=revision,
+        files=tuple((path, size) for path, size in files),
+        text_column=config.text_column,
+        dataset=config.dataset,
+    )
 
 
-def describe(config: DataConfig, source: Source) -> dict[str, Any]:
-    """Return the settings that decide what is in the shards, as the manifest records them."""
-    return {
-        "source": source.kind,
-        "revision": source.revision,
-        "text_column": source.text_column,
-        "tokenizer": f"gpt2 {RANKS_SHA256}",
-        "shard_size": config.shard_size,
-        "max_tokens": config.max_tokens,
-        "format": config.format,
-        "files": [[Path(path).name, size] for path, size in source.files],
-    }
+def check_space(config: DataConfig, source: Source, done: int) -> None:
+    """Say how much room the shards will take; raise OSError if there is less.
+
+    An estimate: 0.35 tokens to a byte of parquet is FineWeb-Edu's, 0.25 to one of text is English.
+    """
+    ratios = {".parquet": 0.35, "gzip": 0.75, "zstd": 0.75}
+    tokens = 0.0
+    for path, size in source.files:
+        kind, compression = file_kind(path)
+        tokens += size * ratios.get(compression or kind, 0.25)
+    need = 2 * (min(tokens, config.max_tokens or tokens) - done)
+    free = shutil.disk_usage(config.folder).free
+    say(f"{config.folder}: about {need / 1e9:.2f} GB to write, {free / 1e9:.0f} GB free")
+    if need > free:
+        raise OSError(f"{config.folder} is on a disk too small: make room, or set --max_tokens")
+
+
+def tokenize(config: DataConfig) -> None:
+    """Make the shards, or go on with making them, or repair them."""
+    folder = config.folder
+    with locked(folder):
+        manifest, finished = read_manifest(folder)
+        source = find_source(config, manifest)
+        settings = {
+            "source": source.name,
+            "text_column": config.text_column,
+            "tokenizer": f"gpt2 {RANKS_SHA256}",
+            "shard_size": config.shard_size,
+            "max_tokens": config.max_tokens,
+            "format": config.format,
+            "revision": source.revision,
+        }
+        for key, value in settings.items() if manifest else ():
+            if manifest.get(key) != value:
+                what = f"{folder} was made with {key} {manifest.get(key)}, not {value}"
+                raise ValueError(f"{what}: choose another --out_dir, or delete it")
+        files = [[path if source.dataset else Path(path).name, size] for path, size in source.files]
+        manifest = manifest or {**settings, "files": files, "tokens": 0, "shards": []}
+        shards = manifest["shards"]
+        damaged = [i for i, shard in enumerate(shards) if shard_fault(folder, shard, False)]
+        if not finished:
+            check_space(config, source, manifest["tokens"])
+        with (
+            worker_pool(config.num_proc)
+            if damaged or not finished
+            else contextlib.nullcontext() as pool
+        ):
+            for index in damaged:
+                repair_shard(config, manifest, source, index, pool)
+            if not finished:
+                make_shards(config, manifest, source, pool)
+    say(f"{folder}: finished, {manifest['tokens']:,} tokens in {len(shards)} shards")
 
 
 def make_shards(
     config: DataConfig, manifest: dict[str, Any], source: Source, pool: Executor
 ) -> None:
-    """Write the shards that are still missing, then the final manifest."""
+    """Write the shards that the manifest does not have yet."""
     from tqdm import tqdm
 
     shards, done, began = manifest["shards"], manifest["tokens"], time.monotonic()
     stream = TokenStream(config, source, shards[-1]["end"] if shards else [0, 0, 0], pool)
-    limit, given = config.max_tokens or 1 << 62, 0
+    limit, given, place = config.max_tokens or 1 << 62, 0, stream.skip
     bar = tqdm(initial=done, unit=" tokens", unit_scale=True, disable=None)
 
     def documents() -> Iterator[np.ndarray]:
         nonlocal given
-        for tokens in take_tokens(stream, stream.skip + limit - done):
+        for tokens in take_tokens(stream, stream.skip + limit - done) if done < limit else ():
             bar.total = min(limit, done + stream.expected_tokens())
             bar.update(1 + len(tokens))
             given += 1 + len(tokens)
             yield tokens
 
-    place = stream.skip
-    if done < limit:
-        for tokens in pack_shards(documents(), config.shard_size, stream.skip):
-            if not shards and given == len(tokens) > 1:  # no more to come: one shard is all
-                parts = tokens[: max(1, len(tokens) // 10)], tokens[max(1, len(tokens) // 10) :]
-            else:
-                parts = (tokens,)
-            for part in parts:
-                place += len(part)
-                write_shard(config, manifest, part, stream.place(place))
-                rate = (manifest["tokens"] - done) / (time.monotonic() - began)
-                say(f"{shards[-1]['name']}: {len(part):,} tokens, {rate:,.0f} a second")
-            del tokens, parts, part  # before the next shard is filled
+    for tokens in pack_shards(documents(), config.shard_size, stream.skip):
+        all_in_one = not shards and given == len(tokens) > 1
+        cut = len(tokens) // 10 or 1  # of a source that ends in its first shard
+        for part in (tokens[:cut], tokens[cut:]) if all_in_one else (tokens,):
+            name = f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.{config.format}"
+            place += len(part)
+            shard = {"name": name, "tokens": len(part), "sha256": "", "end": stream.place(place)}
+            shard["sha256"] = write_shard(config.folder / name, part)
+            shards.append(shard)
+            write_manifest(config.folder, manifest)
+            rate = (manifest["tokens"] - done) / (time.monotonic() - began)
+            say(f"{name}: {len(part):,} tokens; {rate:,.0f} tokens a second so far")
+        del tokens, part  # before the next shard fills up
     bar.close()
     if not shards:
-        raise ValueError(f"{config.source}: there is no text in it: check --source")
+        raise ValueError(f"{config.source} holds no text: check the file, or --text_column")
     write_manifest(config.folder, manifest, finished=True)
     if stream.nulls:
-        say(f"{stream.nulls:,} rows without text were left out")
-    say(f"{config.folder}: {manifest['tokens']:,} tokens in {len(shards)} shards")
+        say(f"{stream.nulls:,} rows or files without text were left out")
 
 
 def repair_shard(
@@ -935,17 +1056,23 @@ def repair_shard(
     shard, path = shards[index], config.folder / shards[index]["name"]
     stream = TokenStream(config, source, shards[index - 1]["end"] if index else [0, 0, 0], pool)
     documents = take_tokens(stream, stream.skip + shard["tokens"])
-    tokens = next(pack_shards(documents, shard["tokens"], stream.skip), np.empty(0, np.uint16))
-    if write_atomically(path, *shard_bytes(tokens, config.format)) != shard["sha256"]:
+    tokens = next(pack_shards(documents, shard["tokens"], stream.skip))
+    if write_shard(path, tokens) != shard["sha256"]:
         path.unlink()
-        raise ValueError(f"{path}: the source gives other tokens now: delete {config.folder}")
-    path.with_name(path.name + ".damaged").unlink(missing_ok=True)
+        raise ValueError(
+            f"{path}: the source gives other tokens than before: delete {config.folder}"
+        )
+    Path(f"{path}.damaged").unlink(missing_ok=True)
     say(f"{path.name}: made again")
 
 
 def main() -> None:
-    """Tokenise, or verify."""
-    run_command(DataConfig, tokenize)
+    """Tokenise or verify, as the command line says."""
+    try:
+        run_command(DataConfig, lambda config: (verify if config.verify else tokenize)(config))
+    except KeyboardInterrupt:
+        print("\nstopped: the same command carries on after the last whole shard", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
