@@ -476,7 +476,6 @@ open_parquet = functools.lru_cache(maxsize=1)(ParquetText)  # a worker stays in 
 # -----------------------------------------------------------------------------
 # the hub
 
-HUB_TIMEOUT = 30  # seconds without a byte after which a request counts as stalled
 READ_AHEAD = 8 << 20  # bytes, where a file is read in turn
 
 
@@ -519,6 +518,7 @@ class HubFile(io.RawIOBase):
 
     def request(self, begin: int, stop: int) -> bytes:
         import huggingface_hub
+        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT  # 10 s without a byte
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         revision, data = self.source.revision, b""
@@ -526,11 +526,11 @@ class HubFile(io.RawIOBase):
             self.source.dataset, self.path, repo_type="dataset", revision=revision
         )
         headers = {**build_hf_headers(), "Range": f"bytes={begin}-{stop - 1}"}
-        with hub_errors():
-            with get_session().stream("GET", url, headers=headers, timeout=HUB_TIMEOUT) as response:
-                hf_raise_for_status(response)
-                if response.status_code == 206:
-                    data = response.read()
+        stream = functools.partial(get_session().stream, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
+        with hub_errors(), stream("GET", url, headers=headers) as response:
+            hf_raise_for_status(response)
+            if response.status_code == 206:
+                data = response.read()
         if len(data) != stop - begin:
             raise ConnectionError(
                 f"the hub sent {len(data)} of {stop - begin} bytes of {self.path}"
@@ -564,13 +564,14 @@ def find_dataset(config: DataConfig) -> tuple[str, list[tuple[str, int]]]:
     import datasets
     import httpx2
     from huggingface_hub import HfApi, get_session, hf_hub_download, set_client_factory
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     settings = {"event_hooks": get_session().event_hooks, "follow_redirects": True}
-    set_client_factory(lambda: httpx2.Client(**settings, timeout=HUB_TIMEOUT))  # else for ever
+    set_client_factory(lambda: httpx2.Client(**settings, timeout=HF_HUB_DOWNLOAD_TIMEOUT))
     datasets.disable_progress_bars()
     with hub_errors():
-        revision = HfApi().dataset_info(config.dataset, timeout=HUB_TIMEOUT).sha
+        revision = HfApi().dataset_info(config.dataset).sha
         # datasets would take a card that does not arrive for no card, and find other files
         with contextlib.suppress(RemoteEntryNotFoundError):
             hf_hub_download(config.dataset, "README.md", repo_type="dataset", revision=revision)

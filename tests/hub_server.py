@@ -1,0 +1,186 @@
+"""
+A stand-in for the Hugging Face hub on loopback, as far as `datasets` and `huggingface_hub` need it to
+find and read a data set, with faults on demand: what they do is set in `HubServer.faults`.
+"""
+
+import hashlib
+import json
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
+from urllib.parse import unquote, urlsplit
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+class HubServer:
+    """Serves one data set, `org/corpus`, from a dictionary of path to bytes."""
+
+    repo = "org/corpus"
+
+    def __init__(self, files: dict[str, bytes], revision: str = REVISION):
+        self.files, self.revision = files, revision
+        self.faults: deque[str | None] = deque()  # one is taken by each request for a file's bytes
+        self.api_faults: deque[str | None] = deque()  # and one by each other request
+        self.requests: list[tuple[str, str, str]] = []  # method, path, Range
+        self.tokens: set[str | None] = set()  # Authorization headers that came
+        self.stall_seconds = 60.0
+        handler = type("Handler", (HubHandler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        if "Content_Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def answer_json(self, value: object) -> None:
+        self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
+
+    def missing(self, code: str) -> None:
+        self.answer(404, X_Error_Code=code, X_Error_Message=code)
+
+    def fault(self, kind: str | None, body: bytes = b"") -> bool:
+        """Do what goes wrong; return whether that was all."""
+        if kind is None:
+            return False
+        if kind.isdigit():
+            self.answer(int(kind), b"no")
+            return True
+        if kind == "reset":  # an abrupt end, before any answer
+            self.connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
+        elif kind == "drop" or kind == "stall":  # the connection ends, or stops, in the body
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            if kind == "stall":
+                time.sleep(self.hub.stall_seconds)
+        elif kind == "truncate":  # a whole answer, of half the bytes
+            self.answer(206, body[: len(body) // 2])
+            return True
+        self.close_connection = True
+        self.connection.close()
+        return True
+
+    def file_info(self, path: str) -> dict:
+        data = self.hub.files[path]
+        oid = hashlib.sha1(data).hexdigest()
+        return {"type": "file", "path": path, "size": len(data), "oid": oid}
+
+    def do_POST(self) -> None:
+        length = int(self.headers.get("Content-Length", 0))
+        form = self.rfile.read(length)
+        self.api(form)
+
+    def do_GET(self) -> None:
+        self.hub.requests.append((self.command, self.path, self.headers.get("Range", "")))
+        self.hub.tokens.add(self.headers.get("Authorization"))
+        path = unquote(urlsplit(self.path).path)
+        if path.startswith(f"/datasets/{self.hub.repo}/resolve/"):
+            revision, _, name = path.split("/resolve/")[1].partition("/")
+            self.resolve(revision, name)
+        elif path.startswith("/cdn/"):
+            self.content(path.removeprefix("/cdn/"))
+        else:
+            self.api(b"")
+
+    do_HEAD = do_GET
+
+    def api(self, form: bytes) -> None:
+        if self.fault(self.hub.api_faults.popleft() if self.hub.api_faults else None):
+            return
+        path = unquote(urlsplit(self.path).path)
+        root = f"/api/datasets/{self.hub.repo}"
+        if path in (root, f"{root}/revision/main", f"{root}/revision/{self.hub.revision}"):
+            siblings = [{"rfilename": name} for name in self.hub.files]
+            self.answer_json({"id": self.hub.repo, "sha": self.hub.revision, "siblings": siblings})
+        elif path.startswith(f"{root}/tree/{self.hub.revision}"):
+            folder = path.removeprefix(f"{root}/tree/{self.hub.revision}").strip("/")
+            self.tree(folder, "recursive=True" in self.path or "recursive=true" in self.path)
+        elif path == f"{root}/paths-info/{self.hub.revision}":
+            wanted = json.loads(form)["paths"] if form[:1] == b"{" else _form_paths(form)
+            self.answer_json([self.file_info(name) for name in wanted if name in self.hub.files])
+        elif path.startswith(root):
+            self.missing("RevisionNotFound")
+        else:
+            self.missing("RepoNotFound")
+
+    def tree(self, folder: str, recursive: bool) -> None:
+        prefix = folder + "/" if folder else ""
+        entries, folders = [], set()
+        for name in sorted(self.hub.files):
+            if name.startswith(prefix):
+                parts = name.removeprefix(prefix).split("/")
+                folders.update(prefix + "/".join(parts[:i]) for i in range(1, len(parts)))
+                if recursive or len(parts) == 1:
+                    entries.append(self.file_info(name))
+        if not entries and not folders:
+            return self.missing("EntryNotFound")
+        folders = folders if recursive else {f for f in folders if "/" not in f[len(prefix) :]}
+        directories = [{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders]
+        self.answer_json(sorted(directories + entries, key=lambda entry: entry["path"]))
+
+    def resolve(self, revision: str, name: str) -> None:
+        if revision not in (self.hub.revision, "main"):
+            return self.missing("RevisionNotFound")
+        small = not name.endswith((".parquet", ".gz", ".jsonl", ".zst"))
+        if small and self.fault(self.hub.api_faults.popleft() if self.hub.api_faults else None):
+            return None
+        if name not in self.hub.files:
+            return self.missing("EntryNotFound")
+        data = self.hub.files[name]
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": revision}
+        if small:
+            return self.answer(200, data, **headers)
+        # large files come from another place, as with the real hub
+        headers |= {"X_Linked_Size": str(len(data)), "X_Linked_ETag": headers["ETag"]}
+        return self.answer(302, Location=f"{self.hub.url}/cdn/{name}", **headers)
+
+    def content(self, name: str) -> None:
+        data = self.hub.files[name]
+        header = self.headers.get("Range", "")
+        begin, stop = 0, len(data)
+        if header:
+            first, _, last = header.removeprefix("bytes=").partition("-")
+            begin, stop = int(first), int(last) + 1 if last else len(data)
+        body = data[begin:stop]
+        if self.fault(self.hub.faults.popleft() if self.hub.faults else None, body):
+            return
+        span = f"bytes {begin}-{stop - 1}/{len(data)}"
+        self.answer(206 if header else 200, body, Content_Range=span, Accept_Ranges="bytes")
+
+
+def _form_paths(form: bytes) -> list[str]:
+    from urllib.parse import parse_qs
+
+    return parse_qs(form.decode()).get("paths", [])

@@ -1,0 +1,937 @@
+"""
+GPT-2 and its training, in one file.
+
+    python fineweb.py                                               # the data, once
+    python train_gpt2.py                                            # a CPU, a Mac or one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py          # eight GPUs
+    python train_gpt2.py --preset tiny --data_dir data/pydocs       # two CPU cores, minutes
+
+Shapes: B rows (sequences) of a micro-batch, T tokens of a row, C width of the residual stream
+(n_embd), nh attention heads of size hs (C = nh * hs), V vocabulary padded to a multiple of 128.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import shutil
+import signal
+import sys
+import sysconfig
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+# -----------------------------------------------------------------------------
+# configuration
+
+
+class Preset(NamedTuple):
+    """A model's size and the settings that go with it."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    block_size: int
+    max_lr: float
+    total_batch_size: int  # tokens a step
+    micro_batch_size: int = 8  # rows, where no GPU memory can be probed
+    max_steps: int = 19073  # 10B tokens at half a million a step
+
+
+PRESETS = {
+    "tiny": Preset(4, 128, 4, 128, 3e-3, 4096, 32, 300),
+    "gpt2": Preset(12, 768, 12, 1024, 6e-4, 524288),
+    "gpt2-medium": Preset(24, 1024, 16, 1024, 3e-4, 524288),
+    "gpt2-large": Preset(36, 1280, 20, 1024, 2.5e-4, 524288),
+    "gpt2-xl": Preset(48, 1600, 25, 1024, 2e-4, 1048576),
+    "gpt3-125m": Preset(12, 768, 12, 2048, 6e-4, 524288),  # GPT-3 paper, table 2.1
+    "gpt3-350m": Preset(24, 1024, 16, 2048, 3e-4, 524288),
+    "gpt3-760m": Preset(24, 1536, 16, 2048, 2.5e-4, 524288),
+    "gpt3-1.3b": Preset(24, 2048, 16, 2048, 2e-4, 1048576),
+    "gpt3-2.7b": Preset(32, 2560, 32, 2048, 1.6e-4, 1048576),
+    "gpt3-6.7b": Preset(32, 4096, 32, 2048, 1.2e-4, 2097152),
+    "gpt3-13b": Preset(40, 5120, 40, 2048, 1e-4, 2097152),
+}
+MODEL_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The architecture: what a checkpoint needs to rebuild the model."""
+
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in MODEL_FIELDS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: give a positive number")
+        if self.n_embd % self.n_head:
+            heads = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+            near = sorted(heads, key=lambda h: abs(h - self.n_head))[:3]
+            raise ValueError(
+                f"n_head {self.n_head} does not divide n_embd {self.n_embd}: "
+                f"give --n_head {' or '.join(map(str, near))}, or another width"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout}: give a number from 0 up to 1")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """The rows of the embedding: a multiple of 128 keeps the matrix products on fast tiles."""
+        return math.ceil(self.vocab_size / 128) * 128
+
+
+def default_warmup(max_steps: int) -> int:
+    return min(715, max_steps // 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train GPT-2. Fields left out take the preset's value; the machine decides what says auto."""
+
+    # data
+    data_dir: Path = Path("edu_fineweb10B")  # folder of token shards, made by fineweb.py
+    shuffle: bool = True  # permute the windows of every epoch
+    seed: int = 1337  # of initialisation, shuffling, dropout and samples
+    # model
+    preset: Literal[tuple(PRESETS)] = "gpt2"  # size of the model and the settings that go with it
+    n_layer: int | None = None  # number of blocks
+    n_head: int | None = None  # attention heads in a block
+    n_embd: int | None = None  # width of the residual stream
+    block_size: int | None = None  # context length, in tokens
+    vocab_size: int | None = None  # token ids (50257), padded to a multiple of 128 in memory
+    dropout: float = 0.0  # probability; 0 is best when no text is seen often
+    init_from: str | None = None  # checkpoint, Hugging Face folder or hub name to start from
+    # batch
+    total_batch_size: int | None = None  # tokens a step, over all ranks
+    micro_batch_size: int | None = None  # rows at a time on one device; left out: what fits
+    batch_ramp_tokens: int = 0  # grow the batch linearly over so many tokens
+    batch_ramp_start: int = 32768  # tokens a step at the start of the ramp, and its granularity
+    # optimizer
+    max_steps: int | None = None  # the run's budget is so many steps of total_batch_size
+    warmup_steps: int | None = None  # of linear warm-up: 715, or a tenth of max_steps if less
+    max_lr: float | None = None  # peak learning rate; a tenth of the preset's with --init_from
+    min_lr_ratio: float = 0.1  # the cosine ends at this part of max_lr
+    weight_decay: float = 0.1  # on tensors of two or more dimensions
+    beta1: float = 0.9  # AdamW's decay of the mean of gradients
+    beta2: float = 0.95  # AdamW's decay of the mean of squared gradients
+    eps: float = 1e-8  # AdamW's guard against division by zero
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    # precision and device
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to run
+    # evaluation: before the first step, every so many steps, and after the last; 0: never
+    eval_every: int = 250  # steps between validation losses
+    sample_every: int = 250  # steps between text samples
+    val_tokens: int | None = None  # tokens of a validation (10485760 on CUDA, else 65536)
+    # run
+    out_dir: Path = Path("log")  # folder of metrics.jsonl and checkpoints
+    checkpoint_every: int = 1000  # steps; 0: only at the end and on a signal
+    keep_checkpoints: int = 2  # how many of the newest to keep; 0: all
+    resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
+    timeout_minutes: float = 10.0  # a rank silent for so long ends a distributed run
+
+    def __post_init__(self) -> None:
+        preset = PRESETS[self.preset]
+        fill = {"total_batch_size": preset.total_batch_size, "max_steps": preset.max_steps}
+        if self.init_from is None:
+            fill |= {name: getattr(preset, name, 50257) for name in MODEL_FIELDS}
+        fill["max_lr"] = preset.max_lr if self.init_from is None else preset.max_lr / 10
+        for name, value in fill.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.warmup_steps is None:
+            object.__setattr__(self, "warmup_steps", default_warmup(self.max_steps))
+        for name, value in vars(self).items():
+            at_least = 1 if name in ("total_batch_size", "max_steps", "micro_batch_size") else 0
+            if isinstance(value, int | float) and not at_least <= value < math.inf:
+                raise ValueError(f"{name} {value}: give a number of {at_least} or more")
+        if self.warmup_steps > self.max_steps or max(self.beta1, self.beta2) >= 1:
+            raise ValueError("give --warmup_steps up to max_steps, and betas below 1")
+        if self.batch_ramp_tokens and self.total_batch_size % max(self.batch_ramp_start, 1):
+            raise ValueError(
+                f"batch_ramp_start {self.batch_ramp_start} does not divide total_batch_size "
+                f"{self.total_batch_size}: give a divisor of it"
+            )
+        if self.init_from is None:
+            self.model_config()  # raises where the dimensions do not fit together
+
+    def model_config(self) -> GPTConfig:
+        """The architecture that the preset and the flags ask for."""
+        return GPTConfig(**{name: getattr(self, name) for name in (*MODEL_FIELDS, "dropout")})
+
+    @property
+    def budget(self) -> int:
+        """Tokens of the whole run."""
+        return self.max_steps * self.total_batch_size
+
+
+# -----------------------------------------------------------------------------
+# model
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        B, T, C = x.shape
+        # each of q, k, v: (B, nh, T, hs)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        if cache is not None:  # generating text: see sample.py
+            k, v = cache.extend(k, v)
+        # softmax(q k^T / sqrt(hs)) v without ever storing the T x T matrix
+        y = F.scaled_dot_product_attention(
+            q, k, v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and T > 1,
+        )  # (B, nh, T, hs)  # fmt: skip
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")  # the approximation GPT-2 was trained with
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resid_dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al., 2019), with the parameter names of Hugging Face's GPT2LMHeadModel."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                ln_f=nn.LayerNorm(config.n_embd),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head.weight = (
+            self.transformer.wte.weight
+        )  # tied: one matrix reads and writes tokens
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        # Every block adds to the residual stream twice. Scaling those 2 * n_layer projections by
+        # 1/sqrt(2 * n_layer) keeps its variance the same at any depth (GPT-2 paper, section 2.3).
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def hidden(
+        self,
+        idx: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        caches: list | None = None,
+    ) -> Tensor:
+        """Return the final hidden states (B, T, C) of token ids (B, T).
+
+        `positions` (B, T) or (T,), `mask` (True where a query sees a key) and `caches` (one a
+        layer) serve scoring and sampling; left out, row t is position t and sees all before it.
+        """
+        T = idx.size(1)
+        assert T <= self.config.block_size, f"{T} tokens, block_size {self.config.block_size}"
+        if positions is None:
+            positions = torch.arange(T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, mask, caches[i] if caches else None)
+        return self.transformer.ln_f(x)  # (B, T, C)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return the logits (B, T, V); or, given targets (B, T), the mean loss in nats.
+
+        Targets of -1 do not count. The logits of the padded ids mean nothing: cut them off at
+        `config.vocab_size` before choosing a token.
+        """
+        x = self.hidden(idx)
+        return self.lm_head(x) if targets is None else self.loss(x, targets)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy of hidden states (B, T, C) against targets (B, T)."""
+        logits = self.lm_head(x).flatten(0, 1)  # (B*T, V), the largest tensor there is
+        # softmax needs float32; the compiler fuses the cast, so that no such copy is ever stored
+        return F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-1)
+
+
+def load_model(name_or_path: str | Path | None, device: torch.device | str = "cpu") -> GPT:
+    """Return a trained model in eval mode, float32, on `device`.
+
+    `name_or_path`: a checkpoint `*.pt`, a folder in Hugging Face format, or a hub name such as
+    `gpt2`; None: the newest checkpoint in log/, else `gpt2`. Raises ValueError or
+    FileNotFoundError where there is no such model or its file is damaged.
+    """
+    from export import checkpoint_paths, read_checkpoint, read_huggingface
+
+    if name_or_path is None:
+        name_or_path = next(iter(checkpoint_paths(Path("log"))), "gpt2")
+    if str(name_or_path).endswith(".pt"):
+        state = read_checkpoint(Path(name_or_path))
+        model = GPT(GPTConfig(**state["model_config"]))
+        load_weights(model, state["model"])
+    else:
+        model = read_huggingface(str(name_or_path))
+    return model.to(device).eval()
+
+
+def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
+    """Copy named parameters, the tied one once, into the model; ValueError names what differs."""
+    try:
+        model.load_state_dict({**weights, "lm_head.weight": weights["transformer.wte.weight"]})
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"weights of another architecture: {error}") from None
+
+
+def compile_model(model: GPT) -> None:
+    """Compile the model in place, by block: all blocks share one compiled graph.
+
+    As fast on the CPU as one graph of everything, compiled in a fraction of the time whatever the
+    depth, and the gradients of each block are exchanged while the next one is still at work.
+    """
+    for block in model.transformer.h:
+        block.compile(dynamic=False)
+    model.loss = torch.compile(model.loss, dynamic=False)
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+def window_order(n_windows: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the permutation of an epoch's windows (uint32), drawn from (seed, epoch)."""
+    order = np.arange(n_windows, dtype=np.uint32)  # 40 MB for ten million windows
+    np.random.default_rng((seed, epoch)).shuffle(order)
+    return order
+
+
+class Windows:
+    """The windows of one split: shards cut into rows of T inputs and, shifted by one, T targets.
+
+    Window i of a shard is its tokens [i*T, i*T + T]; none crosses shards; the tail is dropped.
+    """
+
+    def __init__(self, data_dir: Path, split: str, block_size: int, vocab_size: int):
+        from _reader import open_shards
+
+        self.block_size = block_size
+        self.shards = open_shards(data_dir, split, vocab_size)  # memory-mapped
+        self.ends = np.cumsum([max(0, len(s) - 1) // block_size for s in self.shards])
+        self._order: tuple[Any, np.ndarray] = (None, np.empty(0))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets, each (len(windows), T) int64."""
+        T = self.block_size
+        rows = np.empty((len(windows), T + 1), dtype=np.int64)
+        for row, window in zip(rows, windows, strict=True):
+            shard = int(np.searchsorted(self.ends, window, side="right"))
+            start = (int(window) - int(self.ends[shard - 1] if shard else 0)) * T
+            row[:] = self.shards[shard][start : start + T + 1]
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1], rows[:, 1:]
+
+    def stream(self, start: int, count: int, seed: int | None) -> np.ndarray:
+        """Return windows [start, start + count) of the endless stream of epochs.
+
+        Every epoch is all windows: in order, or permuted where a seed is given.
+        """
+        parts = []
+        while count:
+            epoch, first = divmod(start, len(self))
+            n = min(count, len(self) - first)
+            if seed is None:
+                parts.append(np.arange(first, first + n))
+            else:
+                if self._order[0] != (seed, epoch):
+                    self._order = ((seed, epoch), window_order(len(self), seed, epoch))
+                parts.append(self._order[1][first : first + n])
+            start, count = start + n, count - n
+        return np.concatenate(parts)
+
+
+def micro_batches(
+    windows: Windows, config: TrainConfig, B: int, machine: "Machine", step: int, tokens_seen: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's inputs and targets, (B, T) each, for every micro-step of the rest of a run.
+
+    A thread reads them a few micro-batches ahead of their use.
+    """
+    T = windows.block_size
+
+    def places(step: int, tokens_seen: int) -> Iterator[tuple[int, int, int]]:
+        while tokens_seen < config.budget:
+            rows = step_batch_tokens(config, tokens_seen) // T
+            firsts = range(machine.rank * B, rows, machine.world_size * B)
+            yield from ((step, m, tokens_seen // T + first) for m, first in enumerate(firsts))
+            step, tokens_seen = step + 1, tokens_seen + rows * T
+
+    def read(first: int) -> tuple[Tensor, ...]:
+        batch = windows.read(windows.stream(first, B, config.seed if config.shuffle else None))
+        return tuple(t.pin_memory() for t in batch) if machine.device.type == "cuda" else batch
+
+    todo = places(step, tokens_seen)
+    with ThreadPoolExecutor(1) as reader:
+        ahead = deque((place, reader.submit(read, place[2])) for place in islice(todo, 4))
+        while ahead:
+            (step, micro_step, _), batch = ahead.popleft()
+            x, y = batch.result()
+            ahead.extend((place, reader.submit(read, place[2])) for place in islice(todo, 1))
+            if config.dropout:
+                key = np.random.SeedSequence((config.seed, step, micro_step, machine.rank))
+                torch.manual_seed(int(key.generate_state(1)[0]))
+            yield x.to(machine.device, non_blocking=True), y.to(machine.device, non_blocking=True)
+
+
+# -----------------------------------------------------------------------------
+# optimizer, schedule, batch ramp
+
+
+def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW that decays matrices and leaves biases, gains and other vectors alone."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # fused: one kernel over all tensors instead of several for each
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.max_lr, betas=betas, eps=config.eps, fused=True)
+
+
+def step_batch_tokens(config: TrainConfig, tokens_seen: int) -> int:
+    """Return the tokens of the step that starts at `tokens_seen`: the ramp, cut at the budget."""
+    batch = config.total_batch_size
+    if tokens_seen < config.batch_ramp_tokens:
+        start = config.batch_ramp_start
+        batch = start + (batch - start) * tokens_seen // config.batch_ramp_tokens
+        batch -= batch % start
+    return min(batch, config.budget - tokens_seen)
+
+
+def learning_rate(config: TrainConfig, tokens_seen: int, batch_tokens: int) -> float:
+    """Return the rate of the step that starts at `tokens_seen`: linear warm-up, then a cosine.
+
+    Warm-up counts the tokens seen once the step is done, so that the first step is not idle.
+    """
+    warmup = config.warmup_steps * config.total_batch_size
+    if tokens_seen < warmup:
+        return config.max_lr * min(1.0, (tokens_seen + batch_tokens) / warmup)
+    progress = (tokens_seen - warmup) / (config.budget - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.max_lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+# -----------------------------------------------------------------------------
+# the machine: ranks, precision, compiler
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this process runs on, and its rank among the `world_size` processes of the run."""
+
+    device: torch.device
+    dtype: torch.dtype  # of matrix products; everything that is kept is float32
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def print(self, message: str) -> None:
+        if self.is_main:
+            print(message, flush=True)
+
+    def sum(self, value: float) -> float:
+        """Add up over the ranks, in float64 where the device has it."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.tensor(value, dtype=dtype, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.item()
+
+
+@contextlib.contextmanager
+def set_up_machine(config: TrainConfig) -> Iterator[Machine]:
+    """Choose device and precision; under torchrun join the other ranks."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    if not there.get(kind, True):
+        raise ValueError(f"device {kind}: torch finds none here: give --device cpu")
+    torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32
+    if "RANK" not in os.environ:
+        device = torch.device(kind)
+        yield Machine(device, choose_dtype(config.dtype, device))
+        return
+    device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(minutes=config.timeout_minutes)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
+    try:
+        dtype = choose_dtype(config.dtype, device)
+        yield Machine(device, dtype, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the type of matrix products: bfloat16 where the device is good at it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float16
+    flags = Path("/proc/cpuinfo").read_text().split() if sys.platform == "linux" else []
+    bfloat16 = device.type == "cpu" and {"avx512_bf16", "amx_bf16", "bf16"} & set(flags)
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def choose_compile(setting: str, device: torch.device) -> tuple[bool, str]:
+    """Return whether to compile and, where that is not to be had, what is missing."""
+    if setting == "off" or (setting == "auto" and device.type == "mps"):
+        return False, ""
+    missing = ""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        missing = "Triton is not installed"
+    if device.type == "cpu" and sys.platform != "linux":
+        missing = "on a CPU it was tried on Linux only"
+    elif device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        missing = "there is no C++ compiler (g++)"
+    elif device.type == "cpu" and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing = "Python's headers (python3-dev) are not installed"
+    return not missing or setting == "on", missing
+
+
+# -----------------------------------------------------------------------------
+# one step, and evaluation
+
+
+class StepResult(NamedTuple):
+    loss: float  # mean over the whole batch, nats a token
+    grad_norm: float  # before clipping
+    applied: bool  # False where loss or norm was not finite: the weights are as before
+    stop: bool  # some rank was asked to stop
+    data_wait: float  # seconds spent waiting for data
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    micro_batches: Iterator[tuple[Tensor, Tensor]],
+    grad_accum_steps: int,
+    grad_clip: float,
+    machine: Machine,
+    stop: bool = False,
+) -> StepResult:
+    """Make one update from `grad_accum_steps` micro-batches on every rank.
+
+    The device is waited for once, for loss and norm together; only then is the update applied.
+    """
+    report = torch.tensor([0.0, float(stop)], device=machine.device)  # loss, ranks asked to stop
+    data_wait = 0.0
+    for micro_step in range(grad_accum_steps):
+        start = time.perf_counter()
+        x, y = next(micro_batches)
+        data_wait += time.perf_counter() - start
+        if machine.world_size > 1:  # ranks exchange gradients once a step, not once a micro-step
+            model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+        with machine.autocast:
+            # backward adds gradients up: divide, so that the sum is the mean over the batch
+            loss = model(x, y) / grad_accum_steps
+        report[0] += loss.detach()
+        scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    if machine.world_size > 1:
+        dist.all_reduce(report)
+    loss_sum, stops, norm = torch.cat([report, norm.view(1)]).tolist()
+    applied = math.isfinite(loss_sum) and math.isfinite(norm)
+    if applied:
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_sum / machine.world_size, norm, applied, stops > 0, data_wait)
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, windows: Windows, n: int, B: int, machine: Machine) -> float:
+    """Return the mean loss over the first `n` windows, read B at a time on every rank."""
+    model.eval()
+    total = 0.0
+    for first in range(machine.rank * B, n, machine.world_size * B):
+        rows = min(B, n - first)
+        x, y = windows.read(np.arange(first, first + rows))
+        # fill up with rows that do not count: another shape would be compiled anew
+        x, y = F.pad(x, (0, 0, 0, B - rows)), F.pad(y, (0, 0, 0, B - rows), value=-1)
+        with machine.autocast:
+            total += model(x.to(machine.device), y.to(machine.device)).item() * rows
+    model.train()
+    return machine.sum(total) / n
+
+
+def sample_text(model: GPT, seed: int, machine: Machine) -> list[str]:
+    """Return two continuations of a fixed prompt, so that samples can be compared over a run."""
+    from fineweb import get_tokenizer
+    from sample import generate
+
+    tokenizer = get_tokenizer()
+    prompt = tokenizer.encode_ordinary("Hello, I'm a language model,")
+    model.eval()
+    with machine.autocast, torch.compiler.set_stance("force_eager"):  # every length is a new shape
+        rows = generate(model, prompt, num_samples=2, max_new_tokens=32, seed=seed)
+    model.train()
+    return [tokenizer.decode(prompt + row) for row in rows]
+
+
+# -----------------------------------------------------------------------------
+# setting up
+
+
+def make_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
+    """Return the model of a checkpoint's state, of given weights, or a fresh one, on the CPU."""
+    torch.manual_seed(config.seed)
+    if state:
+        model = GPT(GPTConfig(**state["model_config"]))
+        load_weights(model, state["model"])
+    elif config.init_from:
+        given = load_model(config.init_from)
+        for name in MODEL_FIELDS:
+            asked, has = getattr(config, name), getattr(given.config, name)
+            if asked not in (None, has):
+                raise ValueError(f"{name} {asked}: {config.init_from} has {has}: leave it out")
+        model = GPT(dataclasses.replace(given.config, dropout=config.dropout))
+        model.load_state_dict(given.state_dict())
+    else:
+        model = GPT(config.model_config())
+    return model
+
+
+def choose_micro_batch_size(
+    config: TrainConfig, T: int, machine: Machine, fits: Callable[[int], bool]
+) -> int:
+    """Return the rows of a micro-batch: as asked, else the largest power of two that `fits`.
+
+    Every step must be whole micro-batches on every rank; ValueError names what would do.
+    """
+    flag = "batch_ramp_start" if config.batch_ramp_tokens else "total_batch_size"
+    tokens, lockstep = getattr(config, flag), T * machine.world_size
+    rows = tokens // lockstep  # of each rank
+    if tokens % lockstep:
+        near = " or ".join(str(n * lockstep) for n in (rows, rows + 1) if n)
+        raise ValueError(
+            f"{flag} {tokens} is not a multiple of block_size {T} * {machine.world_size} ranks: "
+            f"give --{flag} {near}"
+        )
+    size = config.micro_batch_size
+    if size is None:
+        size = rows & -rows  # the largest power of two in it
+        if machine.device.type != "cuda":
+            return min(size, PRESETS[config.preset].micro_batch_size)
+        while size > 1 and machine.sum(not fits(size)):  # all ranks agree
+            size //= 2
+    if rows % size:
+        near = sorted((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(n - size))
+        raise ValueError(
+            f"micro_batch_size {size} * block_size {T} * {machine.world_size} ranks does not "
+            f"divide {flag} {tokens}: give --micro_batch_size {' or '.join(map(str, near[:3]))}"
+        )
+    return size
+
+
+def fits_in_memory(model: GPT, rows: int, machine: Machine) -> bool:
+    """Try a forward and backward pass beside the optimizer's state; eager, to save compiling."""
+    x = torch.zeros(rows, model.config.block_size, dtype=torch.long, device=machine.device)
+    fitted = True
+    try:
+        # AdamW's two moments and DDP's buckets, which do not exist yet
+        ballast = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+        with machine.autocast, torch.compiler.set_stance("force_eager"):
+            model(x, x).backward()
+        del ballast
+    except torch.OutOfMemoryError:
+        fitted = False
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return fitted
+
+
+RUN_IS = (  # what a run is: a resumed one must agree. What it runs on may change.
+    "seed", "shuffle", "total_batch_size", "batch_ramp_tokens", "batch_ramp_start", "max_lr",
+    "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps", "grad_clip",
+)  # fmt: skip
+
+
+def check_same_run(config: TrainConfig, state: dict[str, Any], data: str) -> TrainConfig:
+    """Return the configuration to go on with; ValueError lists what differs from the checkpoint."""
+    old, old_model = state["train_config"], state["model_config"]
+    if config.max_steps != old["max_steps"] and config.warmup_steps == default_warmup(
+        config.max_steps
+    ):
+        config = dataclasses.replace(config, warmup_steps=old["warmup_steps"])
+    pairs = {name: (old[name], getattr(config, name)) for name in RUN_IS}
+    for name in (*MODEL_FIELDS, "dropout"):
+        if getattr(config, name) is not None:
+            pairs[name] = (old_model[name], getattr(config, name))
+    pairs["data"] = (state["data"], data)
+    differ = [f"{name} was {a}, is now {b}" for name, (a, b) in pairs.items() if a != b]
+    if differ:
+        raise ValueError(
+            f"the checkpoint is of another run ({'; '.join(differ)}): give the settings it was "
+            "made with, or another --out_dir"
+        )
+    return config
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Return a dataclass as a dict of plain types, fit for JSON and for a checkpoint."""
+    values = dataclasses.asdict(config)
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+
+
+def collect_stop_signals() -> list[int]:
+    """Return a list that SIGTERM, SIGINT and SIGUSR1 go to; a second one of a kind acts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), note)
+    return received
+
+
+# -----------------------------------------------------------------------------
+# training
+
+
+def train(config: TrainConfig) -> None:
+    """Train a GPT-2 until its token budget is spent or a signal asks to stop.
+
+    Raises ValueError or FileNotFoundError, before the first step, for what the user has to mend.
+    """
+    signals = collect_stop_signals()
+    with set_up_machine(config) as machine:
+        finished = train_on(config, machine, signals)
+    if not finished and "RANK" not in os.environ:
+        sys.exit(128 + signals[0])  # under torchrun a saved stop is no failure
+
+
+def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
+    """Do what `train` says on this machine; return whether the budget is spent."""
+    from bench import flops_per_token, peak_flops, ugly_dimensions
+    from export import checkpoint_paths, newest_checkpoint, write_checkpoint
+    from _reader import fingerprint
+    from plot import RunLog
+
+    # a new run, or the state of one to go on with
+    device, out_dir, world_size = machine.device, config.out_dir, machine.world_size
+    if not config.resume and ((out_dir / "metrics.jsonl").exists() or checkpoint_paths(out_dir)):
+        raise ValueError(f"{out_dir} holds a run: go on with --resume, or give another --out_dir")
+    state = newest_checkpoint(out_dir, machine.print) if config.resume else None
+    data = fingerprint(config.data_dir)
+    if state:
+        config = check_same_run(config, state, data)
+    model = make_model(config, state).to(device).train()
+    T, n_params = model.config.block_size, sum(p.numel() for p in model.parameters())
+
+    # data
+    train_windows = Windows(config.data_dir, "train", T, model.config.vocab_size)
+    val_windows = Windows(config.data_dir, "val", T, model.config.vocab_size)
+    if len(val_windows) < 1 or len(train_windows) * T < config.total_batch_size:
+        raise ValueError(
+            f"{config.data_dir}: {len(train_windows)} training and {len(val_windows)} validation "
+            f"windows of {T} tokens are less than one step of {config.total_batch_size} tokens and "
+            "one window: make more data, or lower --total_batch_size or --block_size"
+        )
+    val_tokens = config.val_tokens or (10485760 if device.type == "cuda" else 65536)
+    n_val = min(len(val_windows), max(1, val_tokens // T))
+
+    # micro-batch, compiler, optimizer, ranks
+    B = choose_micro_batch_size(config, T, machine, lambda b: fits_in_memory(model, b, machine))
+    compiling, missing = choose_compile(config.compile, device)
+    if compiling:
+        compile_model(model)
+    optimizer = make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
+    ddp_model: nn.Module = model
+    if world_size > 1:
+        options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+        ddp_model = DistributedDataParallel(model, **options)
+    step = tokens_seen = 0
+    if state:
+        groups = optimizer.state_dict()["param_groups"]  # as this machine wants them
+        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"])
+        step, tokens_seen = state["step"], state["windows_seen"] * T
+        if state["train_config"]["max_steps"] != config.max_steps:
+            machine.print(
+                f"warning: max_steps was {state['train_config']['max_steps']}, is now "
+                f"{config.max_steps}: the learning rate takes another course from here"
+            )
+        state = None  # its memory
+        if tokens_seen >= config.budget:
+            machine.print(f"{out_dir}: the run is finished: {step} steps, {tokens_seen:,} tokens")
+            return True
+
+    # the log: metrics.jsonl and the console
+    log = RunLog(out_dir, step, machine.is_main)
+    log.write(
+        "run", step, config=plain(config), model_config=plain(model.config), n_params=n_params,
+        data=data, device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype=str(machine.dtype).removeprefix("torch."), compile=compiling, micro_batch_size=B,
+        world_size=world_size, passes=config.budget / (len(train_windows) * T),
+    )  # fmt: skip
+    for note in ugly_dimensions(model.config, B) + [f"not compiled: {missing}"] * bool(missing):
+        machine.print(f"note: {note}")
+    if config.resume:
+        machine.print(f"going on after step {step}" if step else "nothing to resume: a new run")
+
+    batches = micro_batches(train_windows, config, B, machine, step, tokens_seen)
+    peak, token_flops = peak_flops(device), flops_per_token(model.config, n_params)
+    first_step, stopping = step, False
+    while True:
+        last = tokens_seen >= config.budget
+
+        def due(every: int, event: str) -> bool:
+            now = every > 0 and (last or step % every == 0)  # noqa: B023
+            return now and not stopping and (event, step) not in log.kept  # noqa: B023
+
+        # once in a while: how well does it predict text it has never seen?
+        if due(config.eval_every, "val"):
+            loss = validation_loss(model, val_windows, n_val, B, machine)
+            log.write("val", step, loss=loss)
+
+        # once in a while: what does it write?
+        if machine.is_main and due(config.sample_every, "sample"):
+            for text in sample_text(model, config.seed, machine):
+                log.write("sample", step, text=text)
+
+        # once in a while, and before leaving: keep everything
+        saving = last or stopping or (step > first_step and due(config.checkpoint_every, ""))
+        if saving and machine.is_main:
+            path = out_dir / f"ckpt_{step:06d}.pt"
+            state = dict(
+                model={name: p.detach() for name, p in model.named_parameters()},
+                optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(),
+                step=step,
+                windows_seen=tokens_seen // T,
+                model_config=plain(model.config),
+                train_config=plain(config),
+                rng=torch.get_rng_state(),
+                data=data,
+            )
+            write_checkpoint(path, state, config.keep_checkpoints)
+            log.write("checkpoint", step, path=str(path))
+        if last or stopping:
+            return last
+
+        # one step
+        batch_tokens = step_batch_tokens(config, tokens_seen)
+        lr = learning_rate(config, tokens_seen, batch_tokens)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        grad_accum_steps = batch_tokens // (B * T * world_size)
+        start = time.perf_counter()
+        result = train_step(
+            ddp_model, optimizer, scaler, batches, grad_accum_steps, config.grad_clip, machine,
+            stop=bool(signals),
+        )  # fmt: skip
+        dt = time.perf_counter() - start
+        tokens_seen += batch_tokens
+        stopping = result.stop
+        if result.applied:
+            mfu = batch_tokens / dt * token_flops / (peak * world_size) if peak else None
+            log.write(
+                "train", step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, dt=dt,
+                batch_tokens=batch_tokens, tokens_seen=tokens_seen, mfu=mfu,
+                tokens_per_sec=batch_tokens / dt, data_wait=result.data_wait,
+            )  # fmt: skip
+        else:
+            why = f"loss {result.loss}, gradient norm {result.grad_norm}"
+            log.write("skip", step, why=why, tokens_seen=tokens_seen)
+        step += 1
+
+
+def main() -> None:
+    from fineweb import run_command
+
+    run_command(TrainConfig, train)
+
+
+if __name__ == "__main__":
+    main()
