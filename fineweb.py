@@ -385,7 +385,7 @@ def json_texts(source: Source, unit: Unit) -> Iterator[str | None]:
         if unit.lines is None and at:  # a line across the start belongs to the unit before
             file.seek(at - 1)
             at += len(file.readline()) - 1
-        while at < unit.stop and (line := file.readline()):
+        while (unit.lines or at < unit.stop) and (line := file.readline()):
             try:
                 row = json.loads(line) if line.strip() else {name: None}
             except ValueError as error:

@@ -1,6 +1,6 @@
 """
-A stand-in for the Hugging Face hub on loopback, as far as `datasets` and `huggingface_hub` need it to
-find and read a data set, with faults on demand: what they do is set in `HubServer.faults`.
+A stand-in for the Hugging Face hub on loopback, as far as `datasets` and `huggingface_hub` need it
+to find and read a data set, with faults on demand.
 """
 
 import hashlib
@@ -74,9 +74,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.answer(int(kind), b"no")
             return True
         if kind == "reset":  # an abrupt end, before any answer
-            self.connection.setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-            )
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         elif kind == "drop" or kind == "stall":  # the connection ends, or stops, in the body
             self.send_response(206)
             self.send_header("Content-Length", str(len(body)))
@@ -114,7 +112,7 @@ class HubHandler(BaseHTTPRequestHandler):
         else:
             self.api(b"")
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def api(self, form: bytes) -> None:
         if self.fault(self.hub.api_faults.popleft() if self.hub.api_faults else None):
@@ -147,7 +145,9 @@ class HubHandler(BaseHTTPRequestHandler):
         if not entries and not folders:
             return self.missing("EntryNotFound")
         folders = folders if recursive else {f for f in folders if "/" not in f[len(prefix) :]}
-        directories = [{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders]
+        directories = [
+            {"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders
+        ]
         self.answer_json(sorted(directories + entries, key=lambda entry: entry["path"]))
 
     def resolve(self, revision: str, name: str) -> None:
