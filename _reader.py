@@ -39,8 +39,6 @@ def open_shards(data_dir: Path, split: str, vocab_size: int = 50257) -> list[np.
     short, disagrees with the manifest, or holds ids outside the vocabulary (looked for in 16
     places of each shard; `--verify` looks everywhere).
     """
-    if not data_dir.is_dir():
-        raise FileNotFoundError(f"{data_dir}: no such folder: make the data with fineweb.py")
     paths = sorted(p for p in data_dir.glob(f"*_{split}_*") if p.suffix in (".npy", ".bin"))
     if not paths:
         raise FileNotFoundError(f"{data_dir}: no *_{split}_* shards: make them with fineweb.py")
@@ -72,6 +70,8 @@ def open_shards(data_dir: Path, split: str, vocab_size: int = 50257) -> list[np.
 
 def fingerprint(data_dir: Path) -> str:
     """Identify the data: the manifest's sha256, or one over the shards' names and sizes."""
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"{data_dir}: no such folder: make the data with fineweb.py")
     manifest = data_dir / "manifest.json"
     if manifest.exists():
         return hashlib.sha256(manifest.read_bytes()).hexdigest()

@@ -52,8 +52,8 @@ def newest_checkpoint(out_dir: Path, say: Callable[[str], None]) -> dict[str, An
 
 
 def write_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
-    """Write a checkpoint, whole or not at all; then delete all but the `keep` newest (0: none)."""
+    """Write a checkpoint, whole or not at all; then delete all but the `keep` newest (0: keep all)."""
     with atomic_write(path) as file:
         torch.save(state, file)
-    for old in checkpoint_paths(path.parent)[keep or None :]:
+    for old in checkpoint_paths(path.parent)[keep:] if keep else []:
         old.unlink()

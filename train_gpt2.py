@@ -320,7 +320,7 @@ def load_model(name_or_path: str | Path | None, device: torch.device | str = "cp
     `gpt2`; None: the newest checkpoint in log/, else `gpt2`. Raises ValueError or
     FileNotFoundError where there is no such model or its file is damaged.
     """
-    from export import checkpoint_paths, read_checkpoint, read_huggingface
+    from export import checkpoint_paths, read_checkpoint
 
     if name_or_path is None:
         name_or_path = next(iter(checkpoint_paths(Path("log"))), "gpt2")
@@ -329,6 +329,8 @@ def load_model(name_or_path: str | Path | None, device: torch.device | str = "cp
         model = GPT(GPTConfig(**state["model_config"]))
         load_weights(model, state["model"])
     else:
+        from export import read_huggingface
+
         model = read_huggingface(str(name_or_path))
     return model.to(device).eval()
 
@@ -876,7 +878,8 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
             log.write("val", step, loss=loss)
 
         # once in a while: what does it write?
-        if machine.is_main and due(config.sample_every, "sample"):
+        readable = model.config.vocab_size == 50257  # other ids are not those of our tokenizer
+        if machine.is_main and readable and due(config.sample_every, "sample"):
             for text in sample_text(model, config.seed, machine):
                 log.write("sample", step, text=text)
 

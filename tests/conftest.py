@@ -1,0 +1,104 @@
+"""What several test files need: small shards, the smallest useful run, the commands themselves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from train_gpt2 import GPT, GPTConfig, TrainConfig, train
+
+torch.set_num_threads(1)  # models this small only lose by sharing their work
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=300)
+RUN = dict(
+    **SMALL, total_batch_size=256, micro_batch_size=4, max_steps=10, max_lr=3e-3,
+    eval_every=5, sample_every=0, val_tokens=512, device="cpu", dtype="float32", compile="off",
+)  # fmt: skip
+
+
+def write_shards(folder: Path, lengths: dict[str, int], vocab_size: int = 300) -> Path:
+    """Write shards of random ids, with a rule in them that a model can learn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for name, length in lengths.items():
+        tokens = rng.integers(0, vocab_size, length)
+        tokens[1::2] = (tokens[::2][: len(tokens[1::2])] * 7 + 1) % vocab_size
+        np.save(folder / name, tokens.astype(np.uint16))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lengths = {
+        "edufineweb_val_000000.npy": 1000,
+        "edufineweb_train_000001.npy": 1000,  # 62 windows of 16 tokens
+        "edufineweb_train_000002.npy": 777,  # 48 windows, a partial last shard
+    }
+    return write_shards(tmp_path_factory.mktemp("data"), lengths)
+
+
+@pytest.fixture
+def small_model() -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**SMALL))
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """Training in this process must not take Ctrl-C away from pytest."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run_train(data_dir: Path, out_dir: Path, **changes) -> list[dict]:
+    """Train in this process; return the events of metrics.jsonl."""
+    train(TrainConfig(**{**RUN, "data_dir": data_dir, "out_dir": out_dir, **changes}))
+    return read_metrics(out_dir)
+
+
+def read_metrics(out_dir: Path, *events: str) -> list[dict]:
+    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if not events or line["event"] in events]
+
+
+def losses(metrics: list[dict]) -> list[tuple]:
+    """The numbers of every step, which must not depend on when a run was stopped."""
+    train_lines = [m for m in metrics if m["event"] == "train"]
+    return [(m["step"], m["loss"], m["grad_norm"], m["lr"]) for m in train_lines]
+
+
+def flags(**values) -> list[str]:
+    """Turn keyword arguments into command-line flags."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def command(script: str, *args: str, ranks: int = 0, launcher: tuple[str, ...] = ()) -> list[str]:
+    """The command line of a script: python, or torchrun with so many ranks."""
+    if ranks:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        return [sys.executable, *torchrun, *launcher, script, *args]
+    return [sys.executable, script, *args]
+
+
+def run_command_line(*args: str, ranks: int = 0, **popen) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user would, from its folder."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **popen.pop("env", {})}
+    words = command(*args, ranks=ranks)
+    return subprocess.run(
+        words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, **popen
+    )

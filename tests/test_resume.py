@@ -1,0 +1,138 @@
+"""A run that is stopped and resumed is the run that was never stopped."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ROOT, RUN, command, flags, losses, read_metrics, run_train
+
+from train_gpt2 import GPT, GPTConfig, load_model, load_weights
+
+
+def final_weights(out_dir, step):
+    state = torch.load(out_dir / f"ckpt_{step:06d}.pt", weights_only=True)
+    return state["model"], state["optimizer"]["state"]
+
+
+def assert_same_weights(a, b):
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"batch_ramp_tokens": 1500, "batch_ramp_start": 64},
+        {"dropout": 0.2},
+        {"dtype": "float16"},
+        {"dtype": "bfloat16", "shuffle": False},
+    ],
+    ids=lambda changes: "-".join(changes) or "plain",
+)
+def test_stop_and_resume_changes_no_bit(data_dir, tmp_path, changes):
+    # 10 steps of 16 windows: 160 of 110 there are, so that the border of an epoch is crossed
+    whole = run_train(data_dir, tmp_path / "whole", checkpoint_every=3, keep_checkpoints=0, **changes)
+    folder = tmp_path / "resumed"
+    folder.mkdir()
+    name = "ckpt_000006.pt"
+    (folder / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    (folder / "metrics.jsonl").write_text((tmp_path / "whole" / "metrics.jsonl").read_text())
+    resumed = run_train(data_dir, folder, resume=True, checkpoint_every=3, **changes)
+    assert losses(resumed) == losses(whole)
+    steps = [m["step"] for m in whole if m["event"] == "train"]
+    assert steps == list(range(len(steps))) and len(steps) >= 10
+    last = len(steps)
+    for a, b in zip(
+        final_weights(tmp_path / "whole", last), final_weights(folder, last), strict=True
+    ):
+        assert a.keys() == b.keys()
+    assert_same_weights(final_weights(folder, last)[0], final_weights(tmp_path / "whole", last)[0])
+
+
+def test_resuming_with_another_micro_batch_trains_on_the_same_batches(data_dir, tmp_path):
+    whole = run_train(data_dir, tmp_path, checkpoint_every=5)
+    for path in tmp_path.glob("ckpt_000010.pt"):
+        path.unlink()
+    resumed = run_train(data_dir, tmp_path, resume=True, micro_batch_size=2)
+    for a, b in zip(losses(whole), losses(resumed), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_checkpoints_hold_what_the_format_says_and_no_more_than_asked(data_dir, tmp_path):
+    run_train(data_dir, tmp_path, checkpoint_every=2, keep_checkpoints=2)
+    assert sorted(p.name for p in tmp_path.glob("ckpt_*")) == ["ckpt_000008.pt", "ckpt_000010.pt"]
+    state = torch.load(tmp_path / "ckpt_000010.pt", weights_only=True)
+    assert set(state) == {
+        "model", "optimizer", "scaler", "step", "windows_seen", "model_config", "train_config",
+        "rng", "data",
+    }  # fmt: skip
+    assert state["step"] == 10 and state["windows_seen"] == 160
+    assert "lm_head.weight" not in state["model"]
+    assert all(w.dtype == torch.float32 for w in state["model"].values())
+    json.dumps([state["model_config"], state["train_config"]])
+    model = load_model(tmp_path / "ckpt_000010.pt")
+    assert not model.training
+    assert_same_weights(dict(model.named_parameters()), state["model"])
+
+
+def test_a_finished_run_says_so_and_a_missing_one_begins(data_dir, tmp_path, capsys):
+    run_train(data_dir, tmp_path, resume=True, max_steps=2)
+    assert "nothing to resume" in capsys.readouterr().out
+    before = (tmp_path / "metrics.jsonl").read_text()
+    run_train(data_dir, tmp_path, resume=True, max_steps=2)
+    assert "finished" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_another_run_is_not_resumed_but_another_length_is(data_dir, tmp_path, capsys):
+    run_train(data_dir, tmp_path, max_steps=4)
+    with pytest.raises(ValueError, match=r"seed was 1337, is now 7; .*n_layer was 2, is now 3"):
+        run_train(data_dir, tmp_path, resume=True, max_steps=4, seed=7, n_layer=3)
+    longer = run_train(data_dir, tmp_path, resume=True, max_steps=6)
+    assert "max_steps was 4, is now 6" in capsys.readouterr().out
+    assert [m["step"] for m in longer if m["event"] == "train"] == list(range(6))
+
+
+def test_init_from_starts_with_the_weights_of_a_checkpoint(data_dir, tmp_path):
+    run_train(data_dir, tmp_path / "first", max_steps=4)
+    checkpoint = tmp_path / "first" / "ckpt_000004.pt"
+    sizes = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"))
+    second = run_train(
+        data_dir, tmp_path / "second", init_from=str(checkpoint), max_steps=1, **sizes
+    )
+    end = read_metrics(tmp_path / "first", "val")[-1]["loss"]
+    assert [m["loss"] for m in second if m["event"] == "val"][0] == end
+    with pytest.raises(ValueError, match="n_layer 3: .* has 2"):
+        run_train(
+            data_dir, tmp_path / "third", init_from=str(checkpoint), **{**sizes, "n_layer": 3}
+        )
+
+
+def test_weights_of_another_shape_are_refused_by_name():
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=100)
+    weights = dict(GPT(config).named_parameters())
+    del weights["transformer.ln_f.bias"]
+    with pytest.raises(ValueError, match=r"transformer.ln_f.bias"):
+        load_weights(GPT(config), weights)
+
+
+def test_a_signal_ends_the_step_and_saves(data_dir, tmp_path):
+    settings = flags(**{**RUN, "data_dir": data_dir, "out_dir": tmp_path, "max_steps": 100_000})
+    process = subprocess.Popen(
+        command("train_gpt2.py", *settings), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step 3:"):
+            break
+    process.send_signal(signal.SIGTERM)
+    started = time.time()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and time.time() - started < 20
+    saved = sorted(tmp_path.glob("ckpt_*.pt"))
+    assert len(saved) == 1
+    steps = [m["step"] for m in read_metrics(tmp_path, "train")]
+    assert steps == list(range(torch.load(saved[0], weights_only=True)["step"]))

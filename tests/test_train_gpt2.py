@@ -1,0 +1,415 @@
+"""The model, the loader, the schedule and one step of train_gpt2.py."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import RUN, SMALL, flags, run_command_line, run_train, write_shards
+
+from bench import flops_per_token, ugly_dimensions
+from train_gpt2 import (
+    GPT,
+    PRESETS,
+    GPTConfig,
+    Machine,
+    TrainConfig,
+    Windows,
+    choose_micro_batch_size,
+    learning_rate,
+    make_optimizer,
+    micro_batches,
+    step_batch_tokens,
+    train_step,
+    validation_loss,
+    window_order,
+)
+
+CPU = Machine(torch.device("cpu"), torch.float32)
+UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
+
+
+# -----------------------------------------------------------------------------
+# model
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=128),
+        dict(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=384),
+        dict(n_layer=2, n_head=6, n_embd=48, block_size=64, vocab_size=1024),
+    ],
+)
+def test_logits_and_gradients_equal_transformers(sizes):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    ours = GPT(GPTConfig(**sizes))
+    with torch.no_grad():
+        for p in ours.parameters():  # larger weights than at initialisation show more errors
+            p.add_(torch.randn_like(p) * 0.1)
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=sizes["n_layer"], n_head=sizes["n_head"], n_embd=sizes["n_embd"],
+            n_positions=sizes["block_size"], vocab_size=sizes["vocab_size"],
+            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        )
+    )  # fmt: skip
+    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # theirs are transposed
+    weights = {n: p.t() if n.endswith(linear) else p for n, p in ours.named_parameters()}
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    idx = torch.randint(0, sizes["vocab_size"], (2, sizes["block_size"]))
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=0)
+
+    targets = torch.randint(0, sizes["vocab_size"], idx.shape)
+    ours(idx, targets).backward()
+    logits = theirs(idx).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    grads = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        expected = grads[name].grad.t() if name.endswith(linear) else grads[name].grad
+        torch.testing.assert_close(p.grad, expected, atol=1e-3, rtol=0, msg=name)
+
+
+def test_gpt2_has_the_published_size_and_decays_matrices_only():
+    model = GPT(GPTConfig())
+    sizes = [p.numel() for p in model.parameters()]
+    assert sum(sizes) == 124_475_904
+    padding = (50304 - 50257) * 768
+    assert sum(sizes) - padding == 124_439_808
+    decayed, undecayed = make_optimizer(model, TrainConfig()).param_groups
+    assert decayed["weight_decay"] == 0.1 and undecayed["weight_decay"] == 0
+    assert (len(decayed["params"]), sum(p.numel() for p in decayed["params"])) == (50, 124_354_560)
+    assert (len(undecayed["params"]), sum(p.numel() for p in undecayed["params"])) == (98, 121_344)
+    # 860 MFLOP a token is what speeds are reported with
+    assert round(flops_per_token(model.config, sum(sizes)) / 1e6) == 860
+
+    idx = torch.randint(0, 50257, (2, 65))
+    with torch.no_grad():
+        assert abs(model(idx[:, :-1], idx[:, 1:]).item() - math.log(50257)) < 0.2
+
+
+def test_initialisation_scales_residual_projections():
+    model = GPT(GPTConfig(n_layer=8, n_embd=256, n_head=4, vocab_size=500))
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert p.std().item() == pytest.approx(0.02 / 4, rel=0.02), name
+        elif p.dim() == 2:
+            assert p.std().item() == pytest.approx(0.02, rel=0.02), name
+        else:
+            assert (p == ("ln" in name and "weight" in name)).all(), name
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_no_position_sees_a_later_one(small_model):
+    embedded = small_model.transformer.wte(torch.arange(16)).detach()[None].requires_grad_()
+    small_model.transformer.wte.forward = lambda idx: embedded
+    small_model.hidden(torch.arange(16)[None])[0, 7, 0].backward()
+    seen = embedded.grad[0].abs().sum(dim=1) > 0
+    assert seen.tolist() == [True] * 8 + [False] * 8
+
+
+def test_targets_of_minus_one_do_not_count(small_model):
+    idx = torch.randint(0, 300, (3, 16))
+    targets = torch.randint(0, 300, (3, 16))
+    expected = small_model(idx[:2], targets[:2])
+    targets[2] = -1
+    torch.testing.assert_close(small_model(idx, targets), expected)
+
+
+def test_one_batch_is_learnt_by_heart(small_model):
+    x, y = torch.randint(0, 300, (2, 4, 16))
+    optimizer = torch.optim.AdamW(small_model.parameters(), lr=1e-2)
+    for _ in range(100):
+        result = train_step(small_model, optimizer, UNSCALED, iter([(x, y)]), 1, 1.0, CPU)
+    assert result.loss < 0.1
+
+
+def test_every_preset_builds_and_names_no_ugly_dimension_but_known_ones():
+    for name, preset in PRESETS.items():
+        config = TrainConfig(preset=name)
+        assert config.model_config().n_embd == preset.n_embd
+        assert config.total_batch_size % (preset.micro_batch_size * preset.block_size) == 0
+        assert not ugly_dimensions(config.model_config(), preset.micro_batch_size), name
+
+
+def test_ugly_dimensions_are_named_with_a_nice_number():
+    config = GPTConfig(n_embd=300, n_head=3, block_size=1024)
+    notes = " ".join(ugly_dimensions(config, 12))
+    assert "head size 100" in notes and "104" in notes and "128" in notes
+    assert "n_embd 300" in notes and "304" in notes and "320" in notes
+    assert "micro_batch_size 12" in notes and "block_size" not in notes
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+def test_windows_are_the_shards_cut_into_rows_without_crossing(data_dir):
+    windows = Windows(data_dir, "train", 16, 300)
+    shards = [np.load(data_dir / f"edufineweb_train_00000{i}.npy") for i in (1, 2)]
+    assert len(windows) == 62 + 48
+    expected = [s[i * 16 : i * 16 + 17] for s in shards for i in range((len(s) - 1) // 16)]
+    x, y = windows.read(np.arange(110))
+    assert (x.numpy() == np.stack(expected)[:, :-1]).all()
+    assert (y.numpy() == np.stack(expected)[:, 1:]).all()
+
+
+def test_an_epoch_is_a_permutation_that_only_seed_and_epoch_decide():
+    first = window_order(1000, 1, 0)
+    assert sorted(first) == list(range(1000)) and (np.diff(first) != 1).any()
+    assert (first == window_order(1000, 1, 0)).all()
+    assert (first != window_order(1000, 1, 1)).any()
+    assert (first != window_order(1000, 2, 0)).any()
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_the_stream_takes_every_window_once_an_epoch(data_dir, seed):
+    windows = Windows(data_dir, "train", 16, 300)
+    whole = windows.stream(0, 330, seed)
+    pieces = [windows.stream(start, min(7, 330 - start), seed) for start in range(0, 330, 7)]
+    assert (np.concatenate(pieces) == whole).all()
+    for epoch in range(3):
+        assert sorted(whole[epoch * 110 : (epoch + 1) * 110]) == list(range(110))
+
+
+def rows_of_a_step(data_dir, world_size: int, B: int, step: int) -> Counter:
+    """The rows that all ranks together train on in a step, read as training reads them."""
+    config = TrainConfig(
+        **{**RUN, "micro_batch_size": B, "max_steps": 20, "data_dir": data_dir},
+        batch_ramp_tokens=2000, batch_ramp_start=128,
+    )  # fmt: skip
+    windows = Windows(data_dir, "train", 16, 300)
+    seen = 0
+    for _ in range(step):
+        seen += step_batch_tokens(config, seen)
+    micro_steps = step_batch_tokens(config, seen) // (B * 16 * world_size)
+    rows = Counter()
+    for rank in range(world_size):
+        machine = Machine(torch.device("cpu"), torch.float32, rank, world_size)
+        batches = micro_batches(windows, config, B, machine, step, seen)
+        for _ in range(micro_steps):
+            rows.update(tuple(row.tolist()) for row in next(batches)[0])
+        batches.close()
+    return rows
+
+
+@pytest.mark.parametrize("step", [0, 1, 9, 12])
+def test_what_a_step_trains_on_does_not_depend_on_ranks_or_micro_batch(data_dir, step):
+    expected = rows_of_a_step(data_dir, 1, 8, step)
+    assert expected == rows_of_a_step(data_dir, 2, 4, step) == rows_of_a_step(data_dir, 4, 1, step)
+    assert expected != rows_of_a_step(data_dir, 1, 8, step + 1)
+
+
+def test_llm_c_shards_give_the_same_windows(data_dir, tmp_path):
+    for path in data_dir.glob("*.npy"):
+        tokens = np.load(path)
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = 20240520, 1, len(tokens)
+        (tmp_path / f"{path.stem}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    ours, theirs = (Windows(folder, "train", 16, 300) for folder in (data_dir, tmp_path))
+    assert (ours.read(np.arange(110))[0] == theirs.read(np.arange(110))[0]).all()
+
+
+# -----------------------------------------------------------------------------
+# schedule and ramp
+
+
+def test_learning_rates_of_the_default_run():
+    config, batch = TrainConfig(), 524288
+    rates = [learning_rate(config, step * batch, batch) for step in range(19073)]
+    assert rates[0] == pytest.approx(6e-4 / 715)
+    assert rates[714] == rates[715] == 6e-4
+    assert rates[19072] == pytest.approx(6e-5, rel=1e-3) and min(rates[715:]) > 6e-5
+    middle = 715 + (19073 - 715) // 2
+    assert rates[middle] == pytest.approx((6e-4 + 6e-5) / 2)
+    assert rates[:715] == sorted(rates[:715]) and rates[715:] == sorted(rates[715:], reverse=True)
+
+
+def test_short_runs_warm_up_for_a_tenth():
+    assert TrainConfig(max_steps=100).warmup_steps == 10
+    assert TrainConfig().warmup_steps == 715
+
+
+def test_the_ramp_grows_in_steps_of_its_start_and_spends_exactly_the_budget():
+    config = TrainConfig(max_steps=10, batch_ramp_tokens=2_000_000)
+    batches, seen = [], 0
+    while seen < config.budget:
+        batches.append(step_batch_tokens(config, seen))
+        seen += batches[-1]
+    assert seen == config.budget == 10 * 524288
+    assert batches[0] == 32768 and batches[-2] == 524288
+    assert all(batch % 32768 == 0 for batch in batches)
+    assert batches[:-1] == sorted(batches[:-1])
+    # linear: half way up the ramp the batch is about half of the way from start to end
+    assert step_batch_tokens(config, 1_000_000) == (32768 + (524288 - 32768) // 2) // 32768 * 32768
+    # the schedule follows tokens: with the ramp it reaches its peak at the same number of them
+    assert learning_rate(config, config.warmup_steps * 524288, 32768) == config.max_lr
+
+
+# -----------------------------------------------------------------------------
+# one step
+
+
+def flat_weights_after_a_step(model, batches, grad_accum_steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    result = train_step(model, optimizer, UNSCALED, iter(batches), grad_accum_steps, 1.0, CPU)
+    return result, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_accumulation_equals_one_large_batch(small_model):
+    x, y = torch.randint(0, 300, (2, 12, 16))
+    twin = GPT(small_model.config)
+    twin.load_state_dict(small_model.state_dict())
+    parts = list(zip(x.split(3), y.split(3), strict=True))
+    one, weights_one = flat_weights_after_a_step(small_model, [(x, y)], 1)
+    four, weights_four = flat_weights_after_a_step(twin, parts, 4)
+    assert four.loss == pytest.approx(one.loss, abs=1e-5)
+    assert four.grad_norm == pytest.approx(one.grad_norm, abs=1e-5)
+    torch.testing.assert_close(weights_four, weights_one, atol=1e-5, rtol=0)
+
+
+def test_the_gradient_is_clipped_and_the_norm_before_it_reported(small_model):
+    x, y = torch.randint(0, 300, (2, 4, 16))
+    before = torch.cat([p.detach().flatten() for p in small_model.parameters()])
+    result, after = flat_weights_after_a_step(small_model, [(x, y)], 1)
+    assert result.grad_norm > 1
+    assert (before - after).norm().item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_float16_step_that_overflows_is_not_applied_and_lowers_the_scale(small_model):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    machine = Machine(torch.device("cpu"), torch.float16)
+    optimizer = torch.optim.AdamW(small_model.parameters(), lr=1e-2)
+    x, y = torch.randint(0, 300, (2, 4, 16))
+    gain = small_model.transformer.ln_f.weight
+    before = gain.detach().clone()
+    with torch.no_grad():
+        small_model.transformer.ln_f.bias[0] = 1e5  # more than float16 holds
+    result = train_step(small_model, optimizer, scaler, iter([(x, y)]), 1, 1.0, machine)
+    assert not result.applied and scaler.get_scale() == 2.0**15
+    assert torch.equal(gain, before)
+    with torch.no_grad():
+        small_model.transformer.ln_f.bias[0] = 0
+    result = train_step(small_model, optimizer, scaler, iter([(x, y)]), 1, 1.0, machine)
+    assert result.applied and result.grad_norm < 100, "the norm must be of unscaled gradients"
+    assert not torch.equal(gain, before)
+
+
+def test_validation_is_the_exact_mean_whatever_the_batch(small_model, data_dir):
+    windows = Windows(data_dir, "val", 16, 300)
+    x, y = windows.read(np.arange(37))
+    with torch.no_grad():
+        expected = np.mean([small_model(x[i : i + 1], y[i : i + 1]).item() for i in range(37)])
+    for B in (1, 8, 64):
+        assert validation_loss(small_model, windows, 37, B, CPU) == pytest.approx(expected, abs=1e-5)
+    assert small_model.training
+
+
+# -----------------------------------------------------------------------------
+# choices made for the user
+
+
+def test_the_micro_batch_is_the_largest_power_of_two_that_fits():
+    machine = Machine(torch.device("cuda"), torch.bfloat16)
+    object.__setattr__(machine, "sum", float)  # no GPU needed to agree with oneself
+    for limit, expected in ((1000, 512), (48, 32), (1, 1)):
+        size = choose_micro_batch_size(TrainConfig(), 1024, machine, lambda b, n=limit: b <= n)
+        assert size == expected
+    eight = dataclasses.replace(machine, world_size=8)
+    object.__setattr__(eight, "sum", float)
+    assert choose_micro_batch_size(TrainConfig(), 1024, eight, lambda b: True) == 64
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_values_that_do():
+    with pytest.raises(ValueError, match=r"--micro_batch_size 4 or 2 or 8"):
+        choose_micro_batch_size(TrainConfig(micro_batch_size=5), 1024, CPU, bool)
+    three = dataclasses.replace(CPU, world_size=3)
+    with pytest.raises(ValueError, match=r"--total_batch_size 522240 or 525312"):
+        choose_micro_batch_size(TrainConfig(), 1024, three, bool)
+    config = TrainConfig(batch_ramp_tokens=10**6, micro_batch_size=64)
+    with pytest.raises(ValueError, match=r"does not divide batch_ramp_start 32768.*32"):
+        choose_micro_batch_size(config, 1024, CPU, bool)
+
+
+def test_compiling_evaluating_and_sampling_work_together(data_dir, tmp_path):
+    settings = dict(max_steps=4, eval_every=2, sample_every=2, vocab_size=50257, block_size=64)
+    plain = run_train(data_dir, tmp_path / "plain", **settings)
+    compiled = run_train(data_dir, tmp_path / "compiled", compile="on", **settings)
+    for event in ("train", "val"):
+        a, b = ([m["loss"] for m in run if m["event"] == event] for run in (plain, compiled))
+        assert a == pytest.approx(b, abs=1e-4) and len(a) >= 3
+    assert sum(m["event"] == "sample" for m in compiled) == 6
+
+
+def test_import_does_nothing():
+    script = "import train_gpt2, fineweb, sample, sys; assert 'datasets' not in sys.modules"
+    import subprocess
+    import sys
+
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+
+def bad_id(folder):
+    write_shards(folder, {"a_val_0.npy": 900, "a_train_1.npy": 900})
+    tokens = np.load(folder / "a_train_1.npy")
+    tokens[500] = 300
+    np.save(folder / "a_train_1.npy", tokens)
+
+
+def wrong_dtype(folder):
+    write_shards(folder, {"a_val_0.npy": 900, "a_train_1.npy": 900})
+    np.save(folder / "a_train_1.npy", np.zeros(900, dtype=np.int32))
+
+
+def good(folder):
+    write_shards(folder, {"a_val_0.npy": 900, "a_train_1.npy": 900})
+
+
+@pytest.mark.parametrize(
+    ("make_data", "changes", "expected"),
+    [
+        (lambda folder: None, {}, "no such folder"),
+        (wrong_dtype, {}, "a_train_1.npy"),
+        (bad_id, {}, "token id 300"),
+        (good, {"micro_batch_size": 5}, "--micro_batch_size 4"),
+        (good, {"n_head": 3}, "n_head 3 does not divide n_embd 32"),
+        (good, {"no_such_flag": 1}, "no_such_flag"),
+        (good, {"n_layer": "two"}, "n-layer"),
+        (good, {"total_batch_size": 16000}, "windows of 16 tokens"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, make_data, changes, expected):
+    make_data(tmp_path / "data")
+    settings = {**RUN, "data_dir": tmp_path / "data", "out_dir": tmp_path / "log", **changes}
+    result = run_command_line("train_gpt2.py", *flags(**settings))
+    assert result.returncode == 2
+    assert result.stderr.startswith("train_gpt2.py: error: ") and result.stderr.count("\n") == 1
+    assert expected in result.stderr
+    assert not (tmp_path / "log").exists(), "a mistake must leave nothing behind"
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(data_dir, tmp_path):
+    run_train(data_dir, tmp_path, max_steps=1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="--resume"):
+        run_train(data_dir, tmp_path, max_steps=1)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_the_configuration_fills_in_the_preset_once():
+    config = TrainConfig(preset="gpt2-medium", n_layer=3)
+    assert (config.n_layer, config.n_embd, config.max_lr) == (3, 1024, 3e-4)
+    assert TrainConfig(init_from="gpt2").max_lr == pytest.approx(6e-5)
+    assert TrainConfig(init_from="gpt2").n_layer is None
+    assert {f.name for f in dataclasses.fields(GPTConfig)} == {*SMALL, "dropout"}
