@@ -240,23 +240,23 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 class Source:
     """Files in a fixed order at a fixed revision."""
 
-    name: str  # local, pydocs, or hub, data set, configuration and split
-    revision: str  # changes when the text does
+    name: str  # local, pydocs, or hub with data set, configuration and split
+    revision: str  # another one when the text is another
     files: tuple[tuple[str, int], ...]  # paths, and sizes in bytes
-    text_column: str
+    text_column: str = "text"
     dataset: str | None = None  # on the hub
-    retry_minutes: float = 0  # for reads from the hub
+    retry_minutes: float = 0  # for reads from there
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """A part of one file: rows of parquet, else bytes (uncompressed)."""
+    """A part of one file: some rows of parquet, else some bytes (of the text, if compressed)."""
 
     file: int
     start: int
     stop: int
     share: float  # of the file, for the progress bar
-    lines: bytes | None = None  # JSON lines, where only the main process can get at them
+    lines: bytes | None = None  # JSON lines in hand, where workers cannot read from the middle
 
 
 def find_files(config: DataConfig) -> Source:
@@ -278,72 +278,26 @@ def find_files(config: DataConfig) -> Source:
 
 
 def file_kind(path: str) -> tuple[str, str | None]:
-    """Return the suffix that tells how to read a file, and its compression."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes[-2:]]
-    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
-    kind = (suffixes[:-1] if compression else suffixes)[-1:]
-    if kind not in ([".jsonl"], [".json"], [".txt"]) and (kind, compression) != (
-        [".parquet"],
-        None,
-    ):
-        raise ValueError(f"{path}: not .parquet, .jsonl or .txt (.gz, .zst): convert it")
-    return kind[0], compression
+    """Return how to read a file, parquet, json or txt, and its compression."""
+    match = re.search(r"\.(parquet|json|txt)l?(\.gz|\.zst)?$", path.lower())
+    if not match or match[0].startswith(".parquet."):
+        raise ValueError(f"{path} is not .parquet, .jsonl or .txt (or .gz, .zst): convert it")
+    return match[1], COMPRESSIONS.get(match[2])
 
 
 def open_file(source: Source, file: int) -> BinaryIO:
     """Open a file of the source, wherever it is."""
     if source.name == "pydocs":
         return io.BytesIO(read_pydocs())
-    return HubFile(source, file) if source.dataset else open(source.files[file][0], "rb")
+    if source.dataset:
+        return io.BufferedReader(HubFile(source, file))
+    return open(source.files[file][0], "rb")
 
 
-def open_text(source: Source, file: int, raw: BinaryIO | None = None) -> BinaryIO:
-    """Open a file of the source uncompressed; `raw` is it, if it is open already."""
+def uncompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
     import pyarrow
 
-    raw = raw or open_file(source, file)
-    if compression := file_kind(source.files[file][0])[1]:
-        return pyarrow.input_stream(raw, compression=compression)
-    return io.BufferedReader(raw) if isinstance(raw, io.RawIOBase) else raw
-
-
-def source_units(source: Source, file: int, start: int) -> Iterator[Unit]:
-    """Cut the source into units, from a place where one starts."""
-    for at, (path, size) in enumerate(source.files[file:], file):
-        kind, compression = file_kind(path)
-        with blame(path):
-            if kind == ".parquet":
-                yield from open_parquet(source, at).units(start)
-            elif kind == ".txt":
-                yield Unit(file=at, start=0, stop=size, share=1)
-            elif compression or source.name == "pydocs":
-                yield from stream_units(source, at, start)
-            else:
-                step = HUB_UNIT_BYTES if source.dataset else UNIT_BYTES
-                for begin in range(start, size, step):
-                    stop = min(size, begin + step)
-                    yield Unit(file=at, start=begin, stop=stop, share=(stop - begin) / size)
-        start = 0
-
-
-def unit_texts(source: Source, unit: Unit) -> Iterator[str | None]:
-    """Yield the texts of a unit, None for a row or file that has none."""
-    kind, _ = file_kind(source.files[unit.file][0])
-    if kind == ".parquet" and unit.lines is None:
-        yield from open_parquet(source, unit.file).texts(unit.start, unit.stop)
-    elif kind == ".txt":
-        with open_text(source, unit.file) as file:
-            data = file.read()
-        if b"\0" in data:
-            raise ValueError(f"is no text file (byte {data.index(0)} is 0): leave it out")
-        try:
-            yield data.decode() or None
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"is not UTF-8 at byte {error.start}: convert it, as by iconv"
-            ) from None
-    else:
-        yield from json_texts(source, unit)
+    return pyarrow.input_stream(raw, compression=compression) if compression else raw
 
 
 @contextlib.contextmanager
@@ -358,46 +312,82 @@ def blame(path: str) -> Iterator[None]:
         raise ValueError(f"{path} {what}") from None
 
 
+def source_units(source: Source, file: int, start: int) -> Iterator[Unit]:
+    """Cut the source into units, from a place on where one starts."""
+    for at, (path, size) in enumerate(source.files[file:], file):
+        kind, compression = file_kind(path)
+        with blame(path):
+            if kind == "parquet":
+                yield from open_parquet(source, at).units(start)
+            elif kind == "txt":
+                yield Unit(file=at, start=0, stop=size, share=1)
+            elif compression or source.name == "pydocs":
+                yield from stream_units(source, at, start)
+            else:
+                step = HUB_UNIT_BYTES if source.dataset else UNIT_BYTES
+                for begin in range(start, size, step):
+                    stop = min(size, begin + step)
+                    yield Unit(file=at, start=begin, stop=stop, share=(stop - begin) / size)
+        start = 0
+
+
 def stream_units(source: Source, file: int, start: int) -> Iterator[Unit]:
     """Cut JSON lines that can only be read from the beginning into blocks of whole lines."""
-    raw = open_file(source, file)
-    size, seen, rest = raw.seek(0, os.SEEK_END), 0, b""
-    raw.seek(0)
-    with open_text(source, file, raw) as text:
-        for skip in range(0, start, UNIT_BYTES):
-            text.read(min(UNIT_BYTES, start - skip))
-        while block := text.read(UNIT_BYTES):
-            cut = block.rfind(b"\n") + 1
-            lines, rest = rest + block[:cut] if cut else b"", block[cut:] if cut else rest + block
-            if lines:
+    with open_file(source, file) as raw:
+        size, seen, rest = raw.seek(0, os.SEEK_END), raw.seek(0), b""
+        text = uncompressed(raw, file_kind(source.files[file][0])[1])
+        for skipped in range(0, start, UNIT_BYTES):
+            text.read(min(UNIT_BYTES, start - skipped))
+        while block := text.read(UNIT_BYTES) or (rest and b"\n"):
+            whole, newline, rest = (rest + block).rpartition(b"\n")
+            if newline:
                 share, seen = (raw.tell() - seen) / size, raw.tell()
-                stop = start + len(lines)
-                yield Unit(file=file, start=start, stop=stop, share=share, lines=lines)
+                stop = start + len(whole) + 1
+                yield Unit(file=file, start=start, stop=stop, share=share, lines=whole + newline)
                 start = stop
-    if rest:
-        yield Unit(file=file, start=start, stop=start + len(rest), share=0, lines=rest)
 
 
-def json_texts(source: Source, unit: Unit) -> Iterator[str | None]:
+def unit_texts(source: Source, unit: Unit) -> Iterator[str | None]:
+    """Yield the texts of a unit, None for a row or file that has none."""
+    kind, compression = file_kind(source.files[unit.file][0])
+    if kind == "parquet" and unit.lines is None:
+        yield from open_parquet(source, unit.file).texts(unit.start, unit.stop)
+    elif kind == "txt":
+        with open_file(source, unit.file) as raw:
+            data = uncompressed(raw, compression).read()
+        if b"\0" in data:
+            raise ValueError(f"is no text file (byte {data.index(0)} is 0): leave it out")
+        try:
+            yield data.decode() or None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"is not UTF-8 at byte {error.start}: convert it with iconv") from None
+    else:
+        with io.BytesIO(unit.lines) if unit.lines else open_file(source, unit.file) as file:
+            yield from json_texts(file, source.text_column, unit)
+
+
+def json_texts(file: BinaryIO, field: str, unit: Unit) -> Iterator[str | None]:
     """Yield the text of each JSON line that starts in the unit."""
-    at, name = unit.start, source.text_column
-    with io.BytesIO(unit.lines) if unit.lines else open_text(source, unit.file) as file:
-        if unit.lines is None and at:  # a line across the start belongs to the unit before
+    at = unit.start
+    if unit.lines is None:
+        if isinstance(file, io.BufferedReader) and isinstance(file.raw, HubFile):
+            file.raw.fetch(max(0, at - 1), unit.stop + (1 << 16))  # most last lines end there
+        if at:  # a line across the start belongs to the unit before
             file.seek(at - 1)
             at += len(file.readline()) - 1
-        while (unit.lines or at < unit.stop) and (line := file.readline()):
-            try:
-                row = json.loads(line) if line.strip() else {name: None}
-            except ValueError as error:
-                utf8 = isinstance(error, UnicodeDecodeError)
-                what = "is not UTF-8" if utf8 else "is cut off or no JSON"
-                raise ValueError(f"line at byte {at} {what}: repair or remove it") from None
-            if not isinstance(row, dict) or not isinstance(row.get(name, 0), str | None):
-                fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                hint = f"--text_column is one of {fields}"
-                raise ValueError(f"line at byte {at} has no text in field {name}: {hint}")
-            yield row[name]
-            at += len(line)
+    while (unit.lines or at < unit.stop) and (line := file.readline()):
+        try:
+            row = json.loads(line) if line.strip() else {field: None}
+        except UnicodeDecodeError:
+            raise ValueError(f"line at byte {at} is not UTF-8: convert the file") from None
+        except ValueError:
+            raise ValueError(f"line at byte {at} is cut off or no JSON: repair it") from None
+        if not isinstance(row, dict) or not isinstance(row.get(field, 0), str | None):
+            fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            hint = f"--text_column is one of {fields}"
+            raise ValueError(f"line at byte {at} has no text in field {field}: {hint}")
+        yield row[field]
+        at += len(line)
 
 
 class ParquetText:
@@ -421,51 +411,43 @@ class ParquetText:
 
     def texts(self, start: int, stop: int) -> Iterator[str | None]:
         """Yield the texts of rows start to stop."""
-        first = bisect.bisect_right(self.first_rows, start) - 1
-        groups = list(range(first, bisect.bisect_left(self.first_rows, stop)))
-        row = self.first_rows[first]
-        for run in self.fetch(groups) if self.source.dataset else [groups]:
-            batches = self.file.iter_batches(256, run, [self.source.text_column], use_threads=False)
-            for batch in batches:
-                rows = batch.column(0)[max(0, start - row) : max(0, stop - row)]
-                row += len(batch)
-                yield from rows.to_pylist()
+        groups = range(self.group_of(start), bisect.bisect_left(self.first_rows, stop))
+        row = self.first_rows[groups[0]]
+        if self.source.dataset:
+            first, last = self.chunks[groups[0]], self.chunks[groups[-1]]
+            begin, end = (c.dictionary_page_offset or c.data_page_offset for c in (first, last))
+            if (end := end + last.total_compressed_size) - begin < BIG_ROW_GROUP:
+                self.raw.raw.fetch(begin, end)  # other columns come along; most bytes are text
+        for batch in self.file.iter_batches(256, groups, [self.source.text_column]):
+            rows = batch.column(0)[max(0, start - row) : max(0, stop - row)]
+            row += len(batch)
+            yield from rows.to_pylist()
 
-    def fetch(self, groups: list[int]) -> Iterator[list[int]]:
-        """Yield runs of row groups, each once its bytes have come from the hub in one request."""
-        spans = []
-        for chunk in (self.chunks[group] for group in groups):
-            begin = chunk.dictionary_page_offset or chunk.data_page_offset
-            spans.append((begin, begin + chunk.total_compressed_size))
-        text, whole = sum(stop - begin for begin, stop in spans), spans[-1][1] - spans[0][0]
-        step = len(groups) if 2 * text > whole else 1  # other columns come along, up to a half
-        for i in range(0, len(groups), step):
-            if text <= BIG_ROW_GROUP:
-                self.raw.fetch(spans[i][0], spans[min(len(spans), i + step) - 1][1])
-            yield groups[i : i + step]
+    def group_of(self, row: int) -> int:
+        return bisect.bisect_right(self.first_rows, row) - 1
 
     def units(self, start: int) -> Iterator[Unit]:
         """Cut the rows from start on into runs of row groups, and too big groups into lines."""
         limit = HUB_UNIT_BYTES if self.source.dataset else UNIT_BYTES
-        rows, size = self.first_rows[-1], 0
+        rows, held = self.first_rows[-1], 0
 
         def unit(stop: int, lines: bytes | None = None) -> Unit:
             share = (stop - start) / rows
             return Unit(file=self.number, start=start, stop=stop, share=share, lines=lines)
 
-        for i in range(bisect.bisect_right(self.first_rows, start) - 1, len(self.chunks)):
-            first, stop, group = *self.first_rows[i : i + 2], self.chunks[i].total_uncompressed_size
-            if start < first and size + group > limit:
+        for group in range(self.group_of(start), len(self.chunks)):
+            first, stop = self.first_rows[group : group + 2]
+            size = self.chunks[group].total_uncompressed_size
+            if start < first and held + size > limit:
                 yield unit(first)
-                start, size = first, 0
-            size += group
-            lines, held = [], 0
-            for text in self.texts(start, stop) if group > BIG_ROW_GROUP else ():
-                lines.append(json.dumps({self.source.text_column: text}).encode() + b"\n")
-                held += len(lines[-1])
-                if held > UNIT_BYTES or start + len(lines) == stop:
-                    yield unit(start + len(lines), b"".join(lines))
-                    start, lines, held = start + len(lines), [], 0
+                start, held = first, 0
+            held += size
+            lines, big = bytearray(), size > BIG_ROW_GROUP
+            for row, text in enumerate(self.texts(start, stop) if big else (), start + 1):
+                lines += json.dumps({self.source.text_column: text}).encode() + b"\n"
+                if len(lines) > UNIT_BYTES or row == stop:
+                    yield unit(row, bytes(lines))
+                    start, held, lines = row, 0, bytearray()
         if start < rows:
             yield unit(rows)
 
@@ -495,36 +477,28 @@ class HubFile(io.RawIOBase):
         self.at = offset + (0, self.at, self.size)[whence]
         return self.at
 
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, size: int | None = -1) -> bytes:
-        stop = self.size if size is None or size < 0 else min(self.size, self.at + size)
+    def readinto(self, buffer: memoryview) -> int:
+        stop = min(self.size, self.at + len(buffer))
         if not self.begin <= self.at <= stop <= self.begin + len(self.data):
-            self.fetch(self.at, min(self.size, max(stop, self.at + READ_AHEAD)))
-        self.at, begin = stop, self.at
-        return self.data[begin - self.begin : stop - self.begin]
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
+            self.fetch(self.at, max(stop, self.at + READ_AHEAD))
+        data = self.data[self.at - self.begin : stop - self.begin]
         buffer[: len(data)] = data
+        self.at += len(data)
         return len(data)
 
     def fetch(self, begin: int, stop: int) -> None:
-        """Get bytes begin to stop, in one request, for the reads that follow."""
+        """Get some bytes in one request, for the reads that follow."""
         self.begin, self.data = begin, b""
-        if begin < stop:
+        if begin < (stop := min(stop, self.size)):
             self.data = retry(lambda: self.request(begin, stop), self.source.retry_minutes)
 
     def request(self, begin: int, stop: int) -> bytes:
-        import huggingface_hub
+        from huggingface_hub import hf_hub_url
         from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT  # 10 s without a byte
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        revision, data = self.source.revision, b""
-        url = huggingface_hub.hf_hub_url(
-            self.source.dataset, self.path, repo_type="dataset", revision=revision
-        )
+        source, data = self.source, b""
+        url = hf_hub_url(source.dataset, self.path, repo_type="dataset", revision=source.revision)
         headers = {**build_hf_headers(), "Range": f"bytes={begin}-{stop - 1}"}
         stream = functools.partial(get_session().stream, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
         with hub_errors(), stream("GET", url, headers=headers) as response:
@@ -540,23 +514,27 @@ class HubFile(io.RawIOBase):
 
 @contextlib.contextmanager
 def hub_errors() -> Iterator[None]:
-    """Turn the errors of the hub's client into ConnectionError, if trying again may help."""
+    """Turn what the hub's client raises into ConnectionError, if trying again may help."""
     import httpx2
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     try:
         yield
     except OfflineModeIsEnabled:
-        offline = "unset it, or give files that you have with --source"
-        raise ValueError(f"HF_HUB_OFFLINE keeps fineweb.py from the hub: {offline}") from None
+        hint = "unset it, or give files that you have with --source"
+        raise ValueError(f"HF_HUB_OFFLINE keeps fineweb.py from the hub: {hint}") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (408, 429) or status >= 500:
             raise ConnectionError(f"the hub answers {status}") from None
         raise ValueError(f"{error}: check --dataset, or set HF_TOKEN") from None
-    except httpx2.TransportError as error:
+    except (httpx2.TransportError, LocalEntryNotFoundError, json.JSONDecodeError) as error:
         what = str(error) or type(error).__name__
-        raise ConnectionError(f"the hub cannot be reached ({what})") from None
+        raise ConnectionError(f"the hub does not answer ({what})") from None
 
 
 def find_dataset(config: DataConfig) -> tuple[str, list[tuple[str, int]]]:
@@ -783,7 +761,7 @@ def say(message: str) -> None:
 
 
 def take_lock(folder: Path) -> BinaryIO:
-    """Make the folder and lock it for this process, until the file is closed or the process dies."""
+    """Make the folder and lock it for this process, until the file is closed or it dies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "ab")  # noqa: SIM115

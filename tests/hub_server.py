@@ -24,6 +24,7 @@ class HubServer:
 
     def __init__(self, files: dict[str, bytes], revision: str = REVISION):
         self.files, self.revision = files, revision
+        self.main = revision  # what the branch points to; only `revision` can be read
         self.faults: deque[str | None] = deque()  # one is taken by each request for a file's bytes
         self.api_faults: deque[str | None] = deque()  # and one by each other request
         self.requests: list[tuple[str, str, str]] = []  # method, path, Range
@@ -77,7 +78,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         elif kind == "drop" or kind == "stall":  # the connection ends, or stops, in the body
             self.send_response(206)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(body) or 100))
             self.end_headers()
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
@@ -120,8 +121,9 @@ class HubHandler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         root = f"/api/datasets/{self.hub.repo}"
         if path in (root, f"{root}/revision/main", f"{root}/revision/{self.hub.revision}"):
+            sha = self.hub.revision if self.hub.revision in path else self.hub.main
             siblings = [{"rfilename": name} for name in self.hub.files]
-            self.answer_json({"id": self.hub.repo, "sha": self.hub.revision, "siblings": siblings})
+            self.answer_json({"id": self.hub.repo, "sha": sha, "siblings": siblings})
         elif path.startswith(f"{root}/tree/{self.hub.revision}"):
             folder = path.removeprefix(f"{root}/tree/{self.hub.revision}").strip("/")
             self.tree(folder, "recursive=True" in self.path or "recursive=true" in self.path)
