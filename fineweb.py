@@ -683,8 +683,7 @@ def retry(call: Callable[[], Any], minutes: float) -> Any:
                 raise
             give_up = give_up or time.monotonic() + 60 * minutes
             if (left := give_up - time.monotonic()) < pause:
-                what = f"{error}, for {minutes:g} minutes"
-                raise ConnectionError(f"{what}: run the same command to carry on") from None
+                raise ConnectionError(f"{error}, for {minutes:g} minutes") from None
             say(f"{error}: trying again in {pause} s, for {left / 60:.0f} minutes more")
             time.sleep(pause)
             pause = min(60, 2 * pause)
@@ -975,15 +974,15 @@ def tokenize(config: DataConfig) -> None:
         damaged = [i for i, shard in enumerate(shards) if shard_fault(folder, shard, False)]
         if not finished:
             check_space(config, source, manifest["tokens"])
-        with (
-            worker_pool(config.num_proc)
-            if damaged or not finished
-            else contextlib.nullcontext() as pool
-        ):
-            for index in damaged:
-                repair_shard(config, manifest, source, index, pool)
-            if not finished:
-                make_shards(config, manifest, source, pool)
+        try:
+            with worker_pool(config.num_proc) as pool:  # starts processes only when there is work
+                for index in damaged:
+                    repair_shard(config, manifest, source, index, pool)
+                if not finished:
+                    make_shards(config, manifest, source, pool)
+        except (ConnectionError, TimeoutError) as error:
+            kept = f"{len(shards)} shards in {folder} are kept"
+            raise OSError(f"{error}, {kept}: run the same command to carry on") from None
     say(f"{folder}: finished, {manifest['tokens']:,} tokens in {len(shards)} shards")
 
 
@@ -996,7 +995,6 @@ def make_shards(
     shards, done, began = manifest["shards"], manifest["tokens"], time.monotonic()
     stream = TokenStream(config, source, shards[-1]["end"] if shards else [0, 0, 0], pool)
     limit, given, place = config.max_tokens or 1 << 62, 0, stream.skip
-    bar = tqdm(initial=done, unit=" tokens", unit_scale=True, disable=None)
 
     def documents() -> Iterator[np.ndarray]:
         nonlocal given
@@ -1006,20 +1004,20 @@ def make_shards(
             given += 1 + len(tokens)
             yield tokens
 
-    for tokens in pack_shards(documents(), config.shard_size, stream.skip):
-        all_in_one = not shards and given == len(tokens) > 1
-        cut = len(tokens) // 10 or 1  # of a source that ends in its first shard
-        for part in (tokens[:cut], tokens[cut:]) if all_in_one else (tokens,):
-            name = f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.{config.format}"
-            place += len(part)
-            shard = {"name": name, "tokens": len(part), "sha256": "", "end": stream.place(place)}
-            shard["sha256"] = write_shard(config.folder / name, part)
-            shards.append(shard)
-            write_manifest(config.folder, manifest)
-            rate = (manifest["tokens"] - done) / (time.monotonic() - began)
-            say(f"{name}: {len(part):,} tokens; {rate:,.0f} tokens a second so far")
-        del tokens, part  # before the next shard fills up
-    bar.close()
+    with tqdm(initial=done, unit=" tokens", unit_scale=True, disable=None) as bar:
+        for tokens in pack_shards(documents(), config.shard_size, stream.skip):
+            all_in_one = not shards and given == len(tokens) > 1
+            cut = len(tokens) // 10 or 1  # of a source that ends in its first shard
+            for part in (tokens[:cut], tokens[cut:]) if all_in_one else (tokens,):
+                split = "train" if shards else "val"
+                name = f"edufineweb_{split}_{len(shards):06d}.{config.format}"
+                place += len(part)
+                sha256, end = write_shard(config.folder / name, part), stream.place(place)
+                shards.append({"name": name, "tokens": len(part), "sha256": sha256, "end": end})
+                write_manifest(config.folder, manifest)
+                rate = (manifest["tokens"] - done) / (time.monotonic() - began)
+                say(f"{name}: {len(part):,} tokens; {rate:,.0f} tokens a second so far")
+            del tokens, part  # before the next shard fills up
     if not shards:
         raise ValueError(f"{config.source} holds no text: check the file, or --text_column")
     write_manifest(config.folder, manifest, finished=True)
@@ -1038,9 +1036,7 @@ def repair_shard(
     tokens = next(pack_shards(documents, shard["tokens"], stream.skip))
     if write_shard(path, tokens) != shard["sha256"]:
         path.unlink()
-        raise ValueError(
-            f"{path}: the source gives other tokens than before: delete {config.folder}"
-        )
+        raise ValueError(f"{path}: its source gives other tokens now: delete {config.folder}")
     Path(f"{path}.damaged").unlink(missing_ok=True)
     say(f"{path.name}: made again")
 

@@ -264,6 +264,18 @@ def test_pydocs_are_docstrings_of_libraries_without_repeats(tmp_path, monkeypatc
 # the command
 
 
+@pytest.fixture
+def threads(monkeypatch):
+    """Threads for worker processes, to save their start-up."""
+
+    @contextlib.contextmanager
+    def thread_pool(num_proc: int):
+        with ThreadPoolExecutor(num_proc) as pool:
+            yield pool
+
+    monkeypatch.setattr(fineweb, "worker_pool", thread_pool)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     """Text for about a second's work, and the folder made of it without interruption."""
@@ -328,6 +340,22 @@ def test_a_source_that_ends_in_its_first_shard_is_cut_in_two(tmp_path, shard_siz
     val, train = (np.load(path) for path in shard_paths(tmp_path / "o"))
     assert len(val) == len(whole) // 10
     assert np.array_equal(np.concatenate([val, train]), whole)
+
+
+def test_a_run_stopped_between_the_two_parts_of_a_small_source_comes_out_the_same(
+    tmp_path, threads
+):
+    path = write_jsonl(tmp_path / "t.jsonl", make_texts(5))
+    config = fineweb.DataConfig(source=str(path), out_dir=tmp_path / "o")
+    fineweb.tokenize(config)
+    whole = contents(config.folder)
+    manifest, _ = fineweb.read_manifest(config.folder)
+    del manifest["shards"][1:]
+    shard_paths(config.folder)[1].unlink()
+    (config.folder / "manifest.json").unlink()
+    fineweb.write_manifest(config.folder, manifest)
+    fineweb.tokenize(config)
+    assert contents(config.folder) == whole
 
 
 def test_a_finished_folder_is_left_alone_and_other_settings_are_named(corpus):
@@ -511,18 +539,6 @@ BAD_INPUT = {
 }
 
 
-@pytest.fixture
-def threads(monkeypatch):
-    """Threads for worker processes, to save their start-up."""
-
-    @contextlib.contextmanager
-    def thread_pool(num_proc: int):
-        with ThreadPoolExecutor(num_proc) as pool:
-            yield pool
-
-    monkeypatch.setattr(fineweb, "worker_pool", thread_pool)
-
-
 @pytest.mark.parametrize("name", BAD_INPUT)
 def test_bad_input_gives_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, threads, name):
     data, message = BAD_INPUT[name]
@@ -664,7 +680,7 @@ def test_every_fault_of_the_hub_is_survived_with_a_message(hub, tmp_path, calm):
 def test_a_hub_that_stays_away_stops_the_run_which_carries_on_later(hub, tmp_path, calm):
     hub.faults.extend([None] * 6 + ["503"] * 1000)  # two footers in two processes, two units
     error = run_badly(*hub_args(tmp_path / "o", minutes=0.03))
-    assert "run the same command to carry on" in error
+    assert "are kept: run the same command to carry on" in error
     assert len(shard_paths(tmp_path / "o")) >= 1
     hub.faults.clear()
     hub.main = "f" * 40  # the data set has moved on by now, and the folder has not
