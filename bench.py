@@ -2,17 +2,24 @@
 What each speed-up buys, measured.
 """
 
+import importlib.util
 import math
+import os
 import re
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from train_gpt2 import GPTConfig
+    from train_gpt2 import GPT, GPTConfig, Machine, TrainConfig
 
 # -----------------------------------------------------------------------------
-# model FLOPs utilisation
+# what the machine can do
 
 PEAK_TFLOPS = {  # dense bfloat16 (float16 where older) with float32 sums, from NVIDIA's data sheets
     r"A100-.*|A100 80GB PCIe": 312,
@@ -62,3 +69,69 @@ def ugly_dimensions(config: "GPTConfig", micro_batch_size: int) -> list[str]:
         for name, n in sizes.items()
         if n % 8 and n not in (1, 2, 4)
     ]
+
+
+def choose_compile(setting: str, device: torch.device) -> tuple[bool, str]:
+    """Return whether to compile and, where that is not to be had, what is missing."""
+    if setting == "off" or (setting == "auto" and device.type == "mps"):
+        return False, ""
+    missing = ""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        missing = "Triton is not installed"
+    if device.type == "cpu" and sys.platform != "linux":
+        missing = "on a CPU it was tried on Linux only"
+    elif device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        missing = "there is no C++ compiler (g++)"
+    elif device.type == "cpu" and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing = "Python's headers (python3-dev) are not installed"
+    return not missing or setting == "on", missing
+
+
+def choose_micro_batch_size(
+    config: "TrainConfig", T: int, machine: "Machine", off_cuda: int, fits: Callable[[int], bool]
+) -> int:
+    """Return the rows of a micro-batch: as asked, else the largest power of two that `fits`.
+
+    Off CUDA, where running out of memory cannot be survived, at most `off_cuda` rows.
+    Every step must be whole micro-batches on every rank; ValueError names what would do.
+    """
+    flag = "batch_ramp_start" if config.batch_ramp_tokens else "total_batch_size"
+    tokens, lockstep = getattr(config, flag), T * machine.world_size
+    rows = tokens // lockstep  # of each rank
+    if tokens % lockstep:
+        near = " or ".join(str(n * lockstep) for n in (rows, rows + 1) if n)
+        raise ValueError(
+            f"{flag} {tokens} is not a multiple of block_size {T} * {machine.world_size} ranks: "
+            f"give --{flag} {near}"
+        )
+    size = config.micro_batch_size
+    if size is None:
+        size = rows & -rows  # the largest power of two in it
+        if machine.device.type != "cuda":
+            return min(size, off_cuda)
+        while size > 1 and machine.sum(not fits(size)):  # all ranks agree
+            size //= 2
+    if rows % size:
+        near = sorted((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(n - size))
+        raise ValueError(
+            f"micro_batch_size {size} * block_size {T} * {machine.world_size} ranks does not "
+            f"divide {flag} {tokens}: give --micro_batch_size {' or '.join(map(str, near[:3]))}"
+        )
+    return size
+
+
+def fits_in_memory(model: "GPT", rows: int, machine: "Machine") -> bool:
+    """Try a forward and backward pass beside the optimizer's state; eager, to save compiling."""
+    x = torch.zeros(rows, model.config.block_size, dtype=torch.long, device=machine.device)
+    fitted = True
+    try:
+        # AdamW's two moments and DDP's buckets, which do not exist yet
+        ballast = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+        with machine.autocast, torch.compiler.set_stance("force_eager"):
+            model(x, x).backward()
+        del ballast
+    except torch.OutOfMemoryError:
+        fitted = False
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return fitted

@@ -4,12 +4,34 @@ A run's numbers: writing metrics.jsonl and the console, and drawing curves.
 
 import contextlib
 import json
+import platform
+import subprocess
 import time
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from _reader import atomic_write
+
+
+def software() -> dict[str, Any]:
+    """Return the versions that a run depends on, and the commit of this checkout."""
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        commit = None
+    packages = {name: version(name) for name in ("torch", "numpy", "tiktoken")}
+    return {"git_hash": commit, "versions": {"python": platform.python_version(), **packages}}
 
 
 class RunLog:
@@ -43,6 +65,8 @@ class RunLog:
         """Record one event; `values` must be fit for JSON."""
         if self.file is None:
             return
+        if event == "run":
+            values = {**values, **software()}
         entry = {"event": event, "step": step, "time": time.time(), **values}
         print(json.dumps(entry), file=self.file, flush=True)
         print(self._console_line(event, step, values), flush=True)

@@ -12,16 +12,13 @@ Shapes: B rows (sequences) of a micro-batch, T tokens of a row, C width of the r
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import os
-import shutil
 import signal
 import sys
-import sysconfig
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -102,10 +99,6 @@ class GPTConfig:
         return math.ceil(self.vocab_size / 128) * 128
 
 
-def default_warmup(max_steps: int) -> int:
-    return min(715, max_steps // 10)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train GPT-2. Fields left out take the preset's value; the machine decides what says auto."""
@@ -151,6 +144,7 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps; 0: only at the end and on a signal
     keep_checkpoints: int = 2  # how many of the newest to keep; 0: all
     resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
+    max_skipped: int = 10  # steps in a row with a loss or gradient that is not finite: give up
     timeout_minutes: float = 10.0  # a rank silent for so long ends a distributed run
 
     def __post_init__(self) -> None:
@@ -162,13 +156,11 @@ class TrainConfig:
         for name, value in fill.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if self.warmup_steps is None:
-            object.__setattr__(self, "warmup_steps", default_warmup(self.max_steps))
         for name, value in vars(self).items():
             at_least = 1 if name in ("total_batch_size", "max_steps", "micro_batch_size") else 0
             if isinstance(value, int | float) and not at_least <= value < math.inf:
                 raise ValueError(f"{name} {value}: give a number of {at_least} or more")
-        if self.warmup_steps > self.max_steps or max(self.beta1, self.beta2) >= 1:
+        if self.warmup_tokens > self.budget or max(self.beta1, self.beta2) >= 1:
             raise ValueError("give --warmup_steps up to max_steps, and betas below 1")
         if self.batch_ramp_tokens and self.total_batch_size % max(self.batch_ramp_start, 1):
             raise ValueError(
@@ -186,6 +178,11 @@ class TrainConfig:
     def budget(self) -> int:
         """Tokens of the whole run."""
         return self.max_steps * self.total_batch_size
+
+    @property
+    def warmup_tokens(self) -> int:
+        steps = self.warmup_steps
+        return self.total_batch_size * (min(715, self.max_steps // 10) if steps is None else steps)
 
 
 # -----------------------------------------------------------------------------
@@ -476,7 +473,7 @@ def learning_rate(config: TrainConfig, tokens_seen: int, batch_tokens: int) -> f
 
     Warm-up counts the tokens seen once the step is done, so that the first step is not idle.
     """
-    warmup = config.warmup_steps * config.total_batch_size
+    warmup = config.warmup_tokens
     if tokens_seen < warmup:
         return config.max_lr * min(1.0, (tokens_seen + batch_tokens) / warmup)
     progress = (tokens_seen - warmup) / (config.budget - warmup)
@@ -554,22 +551,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     flags = Path("/proc/cpuinfo").read_text().split() if sys.platform == "linux" else []
     bfloat16 = device.type == "cpu" and {"avx512_bf16", "amx_bf16", "bf16"} & set(flags)
     return torch.bfloat16 if bfloat16 else torch.float32
-
-
-def choose_compile(setting: str, device: torch.device) -> tuple[bool, str]:
-    """Return whether to compile and, where that is not to be had, what is missing."""
-    if setting == "off" or (setting == "auto" and device.type == "mps"):
-        return False, ""
-    missing = ""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        missing = "Triton is not installed"
-    if device.type == "cpu" and sys.platform != "linux":
-        missing = "on a CPU it was tried on Linux only"
-    elif device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        missing = "there is no C++ compiler (g++)"
-    elif device.type == "cpu" and not Path(sysconfig.get_path("include"), "Python.h").exists():
-        missing = "Python's headers (python3-dev) are not installed"
-    return not missing or setting == "on", missing
 
 
 # -----------------------------------------------------------------------------
@@ -678,72 +659,18 @@ def make_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
     return model
 
 
-def choose_micro_batch_size(
-    config: TrainConfig, T: int, machine: Machine, fits: Callable[[int], bool]
-) -> int:
-    """Return the rows of a micro-batch: as asked, else the largest power of two that `fits`.
-
-    Every step must be whole micro-batches on every rank; ValueError names what would do.
-    """
-    flag = "batch_ramp_start" if config.batch_ramp_tokens else "total_batch_size"
-    tokens, lockstep = getattr(config, flag), T * machine.world_size
-    rows = tokens // lockstep  # of each rank
-    if tokens % lockstep:
-        near = " or ".join(str(n * lockstep) for n in (rows, rows + 1) if n)
-        raise ValueError(
-            f"{flag} {tokens} is not a multiple of block_size {T} * {machine.world_size} ranks: "
-            f"give --{flag} {near}"
-        )
-    size = config.micro_batch_size
-    if size is None:
-        size = rows & -rows  # the largest power of two in it
-        if machine.device.type != "cuda":
-            return min(size, PRESETS[config.preset].micro_batch_size)
-        while size > 1 and machine.sum(not fits(size)):  # all ranks agree
-            size //= 2
-    if rows % size:
-        near = sorted((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(n - size))
-        raise ValueError(
-            f"micro_batch_size {size} * block_size {T} * {machine.world_size} ranks does not "
-            f"divide {flag} {tokens}: give --micro_batch_size {' or '.join(map(str, near[:3]))}"
-        )
-    return size
-
-
-def fits_in_memory(model: GPT, rows: int, machine: Machine) -> bool:
-    """Try a forward and backward pass beside the optimizer's state; eager, to save compiling."""
-    x = torch.zeros(rows, model.config.block_size, dtype=torch.long, device=machine.device)
-    fitted = True
-    try:
-        # AdamW's two moments and DDP's buckets, which do not exist yet
-        ballast = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
-        with machine.autocast, torch.compiler.set_stance("force_eager"):
-            model(x, x).backward()
-        del ballast
-    except torch.OutOfMemoryError:
-        fitted = False
-    model.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
-    return fitted
-
-
 RUN_IS = (  # what a run is: a resumed one must agree. What it runs on may change.
     "seed", "shuffle", "total_batch_size", "batch_ramp_tokens", "batch_ramp_start", "max_lr",
     "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps", "grad_clip",
 )  # fmt: skip
 
 
-def check_same_run(config: TrainConfig, state: dict[str, Any], data: str) -> TrainConfig:
-    """Return the configuration to go on with; ValueError lists what differs from the checkpoint."""
-    old, old_model = state["train_config"], state["model_config"]
-    if config.max_steps != old["max_steps"] and config.warmup_steps == default_warmup(
-        config.max_steps
-    ):
-        config = dataclasses.replace(config, warmup_steps=old["warmup_steps"])
-    pairs = {name: (old[name], getattr(config, name)) for name in RUN_IS}
+def check_same_run(config: TrainConfig, state: dict[str, Any], data: str) -> None:
+    """Raise ValueError, listing the differences, if a checkpoint is of another run."""
+    pairs = {name: (state["train_config"][name], getattr(config, name)) for name in RUN_IS}
     for name in (*MODEL_FIELDS, "dropout"):
         if getattr(config, name) is not None:
-            pairs[name] = (old_model[name], getattr(config, name))
+            pairs[name] = (state["model_config"][name], getattr(config, name))
     pairs["data"] = (state["data"], data)
     differ = [f"{name} was {a}, is now {b}" for name, (a, b) in pairs.items() if a != b]
     if differ:
@@ -751,7 +678,6 @@ def check_same_run(config: TrainConfig, state: dict[str, Any], data: str) -> Tra
             f"the checkpoint is of another run ({'; '.join(differ)}): give the settings it was "
             "made with, or another --out_dir"
         )
-    return config
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -783,8 +709,12 @@ def train(config: TrainConfig) -> None:
 
     Raises ValueError or FileNotFoundError, before the first step, for what the user has to mend.
     """
+    from fineweb import locked
+
     signals = collect_stop_signals()
-    with set_up_machine(config) as machine:
+    with set_up_machine(config) as machine, contextlib.ExitStack() as stack:
+        if machine.is_main:
+            stack.enter_context(locked(config.out_dir))  # a second run in it would spoil both
         finished = train_on(config, machine, signals)
     if not finished and "RANK" not in os.environ:
         sys.exit(128 + signals[0])  # under torchrun a saved stop is no failure
@@ -792,9 +722,9 @@ def train(config: TrainConfig) -> None:
 
 def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     """Do what `train` says on this machine; return whether the budget is spent."""
-    from bench import flops_per_token, peak_flops, ugly_dimensions
-    from export import checkpoint_paths, newest_checkpoint, write_checkpoint
+    import bench
     from _reader import fingerprint
+    from export import checkpoint_paths, newest_checkpoint, write_checkpoint
     from plot import RunLog
 
     # a new run, or the state of one to go on with
@@ -804,7 +734,7 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     state = newest_checkpoint(out_dir, machine.print) if config.resume else None
     data = fingerprint(config.data_dir)
     if state:
-        config = check_same_run(config, state, data)
+        check_same_run(config, state, data)
     model = make_model(config, state).to(device).train()
     T, n_params = model.config.block_size, sum(p.numel() for p in model.parameters())
 
@@ -821,8 +751,14 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     n_val = min(len(val_windows), max(1, val_tokens // T))
 
     # micro-batch, compiler, optimizer, ranks
-    B = choose_micro_batch_size(config, T, machine, lambda b: fits_in_memory(model, b, machine))
-    compiling, missing = choose_compile(config.compile, device)
+    B = bench.choose_micro_batch_size(
+        config,
+        T,
+        machine,
+        PRESETS[config.preset].micro_batch_size,
+        lambda b: bench.fits_in_memory(model, b, machine),
+    )
+    compiling, missing = bench.choose_compile(config.compile, device)
     if compiling:
         compile_model(model)
     optimizer = make_optimizer(model, config)
@@ -857,14 +793,16 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
         dtype=str(machine.dtype).removeprefix("torch."), compile=compiling, micro_batch_size=B,
         world_size=world_size, passes=config.budget / (len(train_windows) * T),
     )  # fmt: skip
-    for note in ugly_dimensions(model.config, B) + [f"not compiled: {missing}"] * bool(missing):
+    for note in bench.ugly_dimensions(model.config, B) + [f"not compiled: {missing}"] * bool(
+        missing
+    ):
         machine.print(f"note: {note}")
     if config.resume:
         machine.print(f"going on after step {step}" if step else "nothing to resume: a new run")
 
     batches = micro_batches(train_windows, config, B, machine, step, tokens_seen)
-    peak, token_flops = peak_flops(device), flops_per_token(model.config, n_params)
-    first_step, stopping = step, False
+    peak, token_flops = bench.peak_flops(device), bench.flops_per_token(model.config, n_params)
+    first_step, stopping, skipped, unsaved = step, False, 0, ""
     while True:
         last = tokens_seen >= config.budget
 
@@ -898,8 +836,17 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
                 rng=torch.get_rng_state(),
                 data=data,
             )
-            write_checkpoint(path, state, config.keep_checkpoints)
-            log.write("checkpoint", step, path=str(path))
+            start = time.perf_counter()
+            try:
+                write_checkpoint(path, state, config.keep_checkpoints)
+                unsaved = ""
+                log.write("checkpoint", step, path=str(path), seconds=time.perf_counter() - start)
+            except (OSError, RuntimeError) as error:  # disk full: there may be room next time
+                unsaved = f"{path} could not be written ({error}): make room"
+                if last or stopping:
+                    raise OSError(f"{unsaved} and go on with --resume") from None
+        if unsaved:
+            machine.print(f"warning: {unsaved}")
         if last or stopping:
             return last
 
@@ -910,10 +857,14 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
             group["lr"] = lr
         grad_accum_steps = batch_tokens // (B * T * world_size)
         start = time.perf_counter()
-        result = train_step(
-            ddp_model, optimizer, scaler, batches, grad_accum_steps, config.grad_clip, machine,
-            stop=bool(signals),
-        )  # fmt: skip
+        try:
+            result = train_step(
+                ddp_model, optimizer, scaler, batches, grad_accum_steps, config.grad_clip,
+                machine, stop=bool(signals),
+            )  # fmt: skip
+        except torch.OutOfMemoryError:
+            smaller = f"--micro_batch_size {B // 2}" if B > 1 else "a smaller model"
+            raise ValueError(f"out of GPU memory in step {step}: --resume with {smaller}") from None
         dt = time.perf_counter() - start
         tokens_seen += batch_tokens
         stopping = result.stop
@@ -926,7 +877,15 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
             )  # fmt: skip
         else:
             why = f"loss {result.loss}, gradient norm {result.grad_norm}"
-            log.write("skip", step, why=why, tokens_seen=tokens_seen)
+            log.write(
+                "skip", step, why=why, windows=[(tokens_seen - batch_tokens) // T, tokens_seen // T]
+            )
+        skipped = 0 if result.applied else skipped + 1
+        if skipped and skipped >= config.max_skipped:
+            raise ValueError(
+                f"{skipped} steps in a row were not finite: --resume from the last checkpoint with "
+                "other data, or start again with a lower --max_lr"
+            )
         step += 1
 
 

@@ -35,7 +35,8 @@ def assert_same_weights(a, b):
 )
 def test_stop_and_resume_changes_no_bit(data_dir, tmp_path, changes):
     # 10 steps of 16 windows: 160 of 110 there are, so that the border of an epoch is crossed
-    whole = run_train(data_dir, tmp_path / "whole", checkpoint_every=3, keep_checkpoints=0, **changes)
+    keep_all = {"checkpoint_every": 3, "keep_checkpoints": 0}
+    whole = run_train(data_dir, tmp_path / "whole", **keep_all, **changes)
     folder = tmp_path / "resumed"
     folder.mkdir()
     name = "ckpt_000006.pt"
@@ -105,8 +106,8 @@ def test_init_from_starts_with_the_weights_of_a_checkpoint(data_dir, tmp_path):
         data_dir, tmp_path / "second", init_from=str(checkpoint), max_steps=1, **sizes
     )
     end = read_metrics(tmp_path / "first", "val")[-1]["loss"]
-    assert [m["loss"] for m in second if m["event"] == "val"][0] == end
-    with pytest.raises(ValueError, match="n_layer 3: .* has 2"):
+    assert next(m["loss"] for m in second if m["event"] == "val") == end
+    with pytest.raises(ValueError, match=r"n_layer 3: .* has 2"):
         run_train(
             data_dir, tmp_path / "third", init_from=str(checkpoint), **{**sizes, "n_layer": 3}
         )

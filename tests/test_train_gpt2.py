@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import RUN, SMALL, flags, run_command_line, run_train, write_shards
 
-from bench import flops_per_token, ugly_dimensions
+from bench import choose_micro_batch_size, flops_per_token, ugly_dimensions
 from train_gpt2 import (
     GPT,
     PRESETS,
@@ -17,7 +17,6 @@ from train_gpt2 import (
     Machine,
     TrainConfig,
     Windows,
-    choose_micro_batch_size,
     learning_rate,
     make_optimizer,
     micro_batches,
@@ -230,8 +229,9 @@ def test_learning_rates_of_the_default_run():
 
 
 def test_short_runs_warm_up_for_a_tenth():
-    assert TrainConfig(max_steps=100).warmup_steps == 10
-    assert TrainConfig().warmup_steps == 715
+    assert TrainConfig(max_steps=100).warmup_tokens == 10 * 524288
+    assert TrainConfig().warmup_tokens == 715 * 524288
+    assert TrainConfig(max_steps=100, warmup_steps=30).warmup_tokens == 30 * 524288
 
 
 def test_the_ramp_grows_in_steps_of_its_start_and_spends_exactly_the_budget():
@@ -247,7 +247,7 @@ def test_the_ramp_grows_in_steps_of_its_start_and_spends_exactly_the_budget():
     # linear: half way up the ramp the batch is about half of the way from start to end
     assert step_batch_tokens(config, 1_000_000) == (32768 + (524288 - 32768) // 2) // 32768 * 32768
     # the schedule follows tokens: with the ramp it reaches its peak at the same number of them
-    assert learning_rate(config, config.warmup_steps * 524288, 32768) == config.max_lr
+    assert learning_rate(config, config.warmup_tokens, 32768) == config.max_lr
 
 
 # -----------------------------------------------------------------------------
@@ -305,7 +305,9 @@ def test_validation_is_the_exact_mean_whatever_the_batch(small_model, data_dir):
     with torch.no_grad():
         expected = np.mean([small_model(x[i : i + 1], y[i : i + 1]).item() for i in range(37)])
     for B in (1, 8, 64):
-        assert validation_loss(small_model, windows, 37, B, CPU) == pytest.approx(expected, abs=1e-5)
+        assert validation_loss(small_model, windows, 37, B, CPU) == pytest.approx(
+            expected, abs=1e-5
+        )
     assert small_model.training
 
 
@@ -317,22 +319,22 @@ def test_the_micro_batch_is_the_largest_power_of_two_that_fits():
     machine = Machine(torch.device("cuda"), torch.bfloat16)
     object.__setattr__(machine, "sum", float)  # no GPU needed to agree with oneself
     for limit, expected in ((1000, 512), (48, 32), (1, 1)):
-        size = choose_micro_batch_size(TrainConfig(), 1024, machine, lambda b, n=limit: b <= n)
+        size = choose_micro_batch_size(TrainConfig(), 1024, machine, 8, lambda b, n=limit: b <= n)
         assert size == expected
     eight = dataclasses.replace(machine, world_size=8)
     object.__setattr__(eight, "sum", float)
-    assert choose_micro_batch_size(TrainConfig(), 1024, eight, lambda b: True) == 64
+    assert choose_micro_batch_size(TrainConfig(), 1024, eight, 8, lambda b: True) == 64
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_values_that_do():
     with pytest.raises(ValueError, match=r"--micro_batch_size 4 or 2 or 8"):
-        choose_micro_batch_size(TrainConfig(micro_batch_size=5), 1024, CPU, bool)
+        choose_micro_batch_size(TrainConfig(micro_batch_size=5), 1024, CPU, 8, bool)
     three = dataclasses.replace(CPU, world_size=3)
     with pytest.raises(ValueError, match=r"--total_batch_size 522240 or 525312"):
-        choose_micro_batch_size(TrainConfig(), 1024, three, bool)
+        choose_micro_batch_size(TrainConfig(), 1024, three, 8, bool)
     config = TrainConfig(batch_ramp_tokens=10**6, micro_batch_size=64)
     with pytest.raises(ValueError, match=r"does not divide batch_ramp_start 32768.*32"):
-        choose_micro_batch_size(config, 1024, CPU, bool)
+        choose_micro_batch_size(config, 1024, CPU, 8, bool)
 
 
 def test_compiling_evaluating_and_sampling_work_together(data_dir, tmp_path):
