@@ -1,49 +1,273 @@
 """
-Text from a trained GPT-2: `python sample.py`.
+Text from a trained GPT-2:
+
+    python sample.py --prompt "Hello, I'm a language model,"      the newest checkpoint in log/
+    python sample.py --model gpt2 --int8 < prompt.txt             OpenAI's weights, in a quarter
+
+Shapes as in train_gpt2.py; B is the number of samples.
 """
 
+import codecs
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
-from train_gpt2 import GPT
+from fineweb import EOT, encode, get_tokenizer, run_command
+from train_gpt2 import GPT, TrainConfig, load_model, set_up_machine
+
+# -----------------------------------------------------------------------------
+# configuration
 
 
-class LayerCache:
-    """The keys and values that one layer has computed: each (B, nh, tokens so far, hs)."""
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Write text that goes on from a prompt."""
 
-    def __init__(self) -> None:
-        self.keys: torch.Tensor | None = None
-        self.values: torch.Tensor | None = None
+    model: str | None = None  # checkpoint, Hugging Face folder or hub name (newest in log/)
+    prompt: str | None = None  # text to go on from; left out: standard input, unless a terminal
+    num_samples: int = 4  # continuations, made side by side
+    max_new_tokens: int = 100  # length of each, unless it ends by itself
+    temperature: float = 1.0  # below 1 the likely becomes likelier; 0: always the likeliest
+    top_k: int = 50  # choose among so many of the likeliest tokens; 0: among all
+    seed: int = 42  # of the choices
+    int8: bool = False  # weights in 8 bits: a quarter of the memory, and faster on a CPU
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to run
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and arithmetic
 
-    def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.keys is not None:
-            k, v = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
-        self.keys, self.values = k, v
-        return k, v
+    def __post_init__(self) -> None:
+        least = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}
+        for name, value in least.items():
+            given = getattr(self, name)
+            if not value <= given < 2**63:  # torch's limit for seeds, and none for the others
+                raise ValueError(f"{name} {given}: give a number of {value} or more")
+
+
+# -----------------------------------------------------------------------------
+# eight-bit weights
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with its matrix (out, in) in 8-bit integers and a scale for each row."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        # The scale is rounded first, so that the integers make up for what it loses.
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12).bfloat16()
+        rows = (weight / scale[:, None].float()).round().clamp(-127, 127)
+        self.register_buffer("scale", scale)  # (out,)
+        self.register_buffer("rows", rows.to(torch.int8))  # (out, in)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)  # (B*T, in)
+        if x.device.type == "cpu" and len(flat) <= 8:
+            # A token needs every weight once: the time goes into reading them, now a quarter.
+            y = torch._weight_int8pack_mm(flat.bfloat16(), self.rows, self.scale)
+        else:  # many tokens share the cost of turning the weights back
+            y = F.linear(flat, self.rows.to(x.dtype)) * self.scale
+        y = y.view(*x.shape[:-1], -1).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Embedding(nn.Module):
+    """The rows of the output head, which has them less their mean.
+
+    Without the mean, all logits of a position are lower by the same amount. No probability notices,
+    but bfloat16 does: GPT-2's logits lie around -100, where its steps are 0.5.
+    """
+
+    def __init__(self, head: Int8Linear, mean: Tensor):
+        super().__init__()
+        self.head = head
+        self.register_buffer("mean", mean)  # (C,)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        rows = self.head.rows[idx] * self.head.scale[idx].float()[..., None]  # (B, T, C)
+        return (rows + self.mean).to(self.mean.dtype)
 
 
 @torch.no_grad()
-def generate(
+def quantize(model: GPT) -> GPT:
+    """Put the matrices of a model in 8 bits, in place, without the padded rows; return the model.
+
+    Position embeddings, gains and biases, a hundredth of the whole, stay as they are.
+    """
+    for block in model.transformer.h:
+        for part in block.attn, block.mlp:
+            for name, layer in list(part.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(part, name, Int8Linear(layer.weight, layer.bias))
+    embedding = model.transformer.wte.weight[: model.config.vocab_size]
+    mean = embedding.mean(dim=0)
+    model.lm_head = Int8Linear(embedding - mean, None)
+    model.transformer.wte = Int8Embedding(model.lm_head, mean)
+    return model
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Return the memory that parameters and buffers take, shared ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+# -----------------------------------------------------------------------------
+# generation
+
+
+class LayerCache:
+    """The keys and values that one layer has computed, in room for all that will come."""
+
+    def __init__(self, room: int):
+        self.room, self.used = room, 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (B, nh, T, hs) of keys and values; return all there are."""
+        B, nh, T, hs = k.shape
+        if self.used == 0:
+            self.keys, self.values = (k.new_empty(B, nh, self.room, hs) for _ in range(2))
+        start, self.used = self.used, self.used + T
+        self.keys[:, :, start : self.used] = k
+        self.values[:, :, start : self.used] = v
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def repeat(self, B: int) -> None:
+        """Give each of B samples a copy of what one row has computed."""
+        self.keys, self.values = (t.repeat(B, 1, 1, 1) for t in (self.keys, self.values))
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """Return one token id (B,) for each row of logits (B, vocabulary)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    values, ids = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))
+    # The largest is 0 before the division, so that no temperature makes it overflow.
+    probs = F.softmax((values - values[:, :1]) / temperature, dim=-1)
+    return ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+
+@torch.no_grad()
+def stream(
     model: GPT,
     prompt: list[int],
     num_samples: int = 1,
     max_new_tokens: int = 100,
+    temperature: float = 1.0,
     top_k: int = 50,
     seed: int = 42,
-) -> list[list[int]]:
-    """Return `num_samples` continuations of the prompt's token ids."""
-    device = next(model.parameters()).device
+) -> Iterator[list[int | None]]:
+    """Yield the next token id of every sample, None for those that have ended.
+
+    An empty prompt stands for <|endoftext|>, which also ends a sample. Of a prompt longer than the
+    context, its end is read.
+    """
+    context, vocab_size = model.config.block_size, model.config.vocab_size
+    prompt = (prompt or [EOT])[-context:]
+    if max(prompt) >= vocab_size:
+        raise ValueError(
+            f"token {max(prompt)} of the prompt is beyond the model's {vocab_size}: "
+            "give another prompt, or a model with GPT-2's vocabulary"
+        )
+    device = model.transformer.wpe.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    idx = torch.tensor([prompt] * num_samples, device=device)
-    caches = [LayerCache() for _ in model.transformer.h]
-    positions = torch.arange(len(prompt), device=device)
-    step = idx
+    room = min(context, len(prompt) + max_new_tokens)
+    idx = torch.tensor([prompt], device=device)  # read once for all samples
+    new, ended = idx, torch.zeros(num_samples, dtype=torch.bool, device=device)
+    caches: list[LayerCache] = []
     for _ in range(max_new_tokens):
-        x = model.hidden(step, positions, caches=caches)[:, -1]
-        logits = model.lm_head(x)[:, : model.config.vocab_size].float()
-        values, ids = logits.topk(min(top_k, logits.size(-1)))
-        choice = torch.multinomial(F.softmax(values, dim=-1), 1, generator=generator)
-        step = ids.gather(1, choice)  # (B, 1)
-        idx = torch.cat([idx, step], dim=1)
-        positions = positions[-1:] + 1
-    return [row[len(prompt) :] for row in idx.tolist()]
+        if caches and caches[0].used == context:
+            # Full: start again from the newest half. Sliding by one token would move all of them
+            # to other positions, so that nothing kept would hold; this costs one position a token.
+            new, caches = idx[:, -max(1, context // 2) :], []
+        if not caches:
+            caches = [LayerCache(room) for _ in model.transformer.h]
+        used = caches[0].used
+        positions = torch.arange(used, used + new.size(1), device=device)
+        x = model.hidden(new, positions, caches=caches)[:, -1]  # (B, C)
+        logits = model.lm_head(x)[:, :vocab_size]  # the padded ids are none to choose
+        if len(idx) < num_samples:
+            idx, logits = idx.expand(num_samples, -1), logits.expand(num_samples, -1)
+            for cache in caches:
+                cache.repeat(num_samples)
+        choice = choose(logits, temperature, top_k, generator)
+        ended |= choice == EOT
+        yield [None if end else id for id, end in zip(choice.tolist(), ended.tolist(), strict=True)]
+        if ended.all():
+            return
+        new = choice[:, None]  # (B, 1)
+        idx = torch.cat([idx[:, -context:], new], dim=1)
+
+
+def generate(model: GPT, prompt: list[int], **settings: int | float) -> list[list[int]]:
+    """Return the prompt's continuations, a list of token ids each; settings as of `stream`."""
+    steps = list(stream(model, prompt, **settings))
+    return [[id for id in sample if id is not None] for sample in zip(*steps, strict=True)]
+
+
+def stream_text(model: GPT, prompt: str, **settings: int | float) -> Iterator[list[str]]:
+    """Yield the next characters of every sample; settings as of `stream`."""
+    tokenizer = get_tokenizer()
+    if model.config.vocab_size > tokenizer.n_vocab:
+        raise ValueError(f"{model.config.vocab_size} tokens are not GPT-2's: give another model")
+    decoders = []  # a character may be spread over several tokens
+    for ids in stream(model, encode(prompt).tolist(), **settings):
+        decoders = decoders or [codecs.getincrementaldecoder("utf-8")("replace") for _ in ids]
+        pieces = [b"" if id is None else tokenizer.decode_single_token_bytes(id) for id in ids]
+        yield [d.decode(piece) for d, piece in zip(decoders, pieces, strict=True)]
+    yield [d.decode(b"", final=True) for d in decoders]
+
+
+# -----------------------------------------------------------------------------
+# command
+
+
+def cut_note(model: GPT, prompt: str) -> str:
+    """Return a note if the prompt is longer than the model's context, else an empty string."""
+    tokens, context = len(encode(prompt)), model.config.block_size
+    if tokens <= context:
+        return ""
+    return f"note: the prompt has {tokens} tokens, the context {context}: only its end is read"
+
+
+def read_prompt(config: SampleConfig) -> str:
+    """Return --prompt, or what is on standard input, less the line end that echo adds."""
+    if config.prompt is not None or sys.stdin is None or sys.stdin.isatty():
+        return config.prompt or ""
+    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
+
+
+def sample(config: SampleConfig) -> None:
+    """Print the continuations one below the other; on a terminal, the first as it is made."""
+    prompt = read_prompt(config)
+    with set_up_machine(TrainConfig(device=config.device, dtype=config.dtype)) as machine:
+        model = load_model(config.model, machine.device).to(machine.dtype)
+        if config.int8:
+            quantize(model)
+        if note := cut_note(model, prompt):
+            print(note, file=sys.stderr)
+        settings = ("num_samples", "max_new_tokens", "temperature", "top_k", "seed")
+        steps = stream_text(model, prompt, **{name: getattr(config, name) for name in settings})
+        texts, live = [prompt] * config.num_samples, sys.stdout.isatty()
+        for i, pieces in enumerate(steps):
+            if live:
+                print(pieces[0] if i else prompt + pieces[0], end="", flush=True)
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        print("" if live else texts[0])
+        for text in texts[1:]:
+            print("-" * 80, text, sep="\n")
+
+
+def main() -> None:
+    try:
+        run_command(SampleConfig, sample)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
