@@ -43,7 +43,9 @@ Style = Literal["completion", "harness"]
 class HellaSwagConfig:
     """Score a model on HellaSwag."""
 
-    model: str | None = None  # checkpoint, Hugging Face folder or hub name (newest in log/, or gpt2)
+    model: str | None = (
+        None  # checkpoint, Hugging Face folder or hub name (newest in log/, or gpt2)
+    )
     style: Style = "completion"  # harness: text and normalisation of lm-evaluation-harness
     data: Path | None = None  # hellaswag_val.jsonl (downloaded once to the cache folder)
     limit: int | None = None  # score only the first so many examples
@@ -55,7 +57,9 @@ class HellaSwagConfig:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit is {self.limit}: make it 1 or more")
         if self.out and (self.out.is_dir() or not os.access(self.out.absolute().parent, os.W_OK)):
-            raise ValueError(f"{self.out} cannot be written: give --out a file in a folder of yours")
+            raise ValueError(
+                f"{self.out} cannot be written: give --out a file in a folder of yours"
+            )
 
 
 # -----------------------------------------------------------------------------
@@ -73,7 +77,7 @@ def ensure_data(path: Path | None = None) -> Path:
     Raises FileNotFoundError if there is no such file, OSError if the download fails.
     """
     if path is not None:
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path}: no such file: check --data")
         return path
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -142,7 +146,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     """Return an example with all its fields checked; ValueError says what is wrong with it."""
     if len(line) > MAX_LINE:
         raise ValueError(f"longer than {MAX_LINE:,} bytes")
-    example = json.loads(line.decode())
+    example = json.loads(line.decode().rstrip("\n"))
     if not isinstance(example, dict):
         raise ValueError("not a JSON object")
     for name in "activity_label", "ctx", "ctx_a", "ctx_b":
@@ -167,7 +171,9 @@ def as_harness(example: dict[str, Any]) -> Question:
     """Ask as lm-evaluation-harness does in its task `hellaswag`; lengths are in characters."""
     setting = example["ctx_a"] + " " + example["ctx_b"].capitalize()
     context = clean(example["activity_label"] + ": " + setting)
-    stem = context.rstrip()  # GPT-2's tokens carry the blank before a word, so it goes to the ending
+    stem = (
+        context.rstrip()
+    )  # GPT-2's tokens carry the blank before a word, so it goes to the ending
     texts, endings = [clean(ending) for ending in example["endings"]], []
     ids = encode(stem).tolist()
     for text in texts:
@@ -215,18 +221,17 @@ def make_row(context: list[int], endings: dict[int, list[int]]) -> Row:
 def make_batches(questions: list[Question], block_size: int, max_tokens: int) -> list[list[Row]]:
     """Make rows of all questions, sort them by length, and cut batches of `max_tokens`, padded.
 
-    What does not fit into `block_size` loses its beginning; its endings then have a row each, for
-    they see different parts of the context.
+    Where a row would outgrow `block_size`, each ending has its own; what is still too long loses
+    its beginning.
     """
     rows = []
     for i, (context, endings, _, _) in enumerate(questions):
-        if len(context) + max(map(len, endings)) - 1 <= block_size:
+        if len(context) + sum(map(len, endings)) - 4 <= block_size:
             rows.append(make_row(context, {4 * i + j: e for j, e in enumerate(endings)}))
         else:
             for j, ending in enumerate(endings):
-                ending = ending[-block_size:]
-                start = max(0, len(context) + len(ending) - 1 - block_size)
-                rows.append(make_row(context[start:], {4 * i + j: ending}))
+                tail, n = (context + ending)[-block_size - 1 :], min(len(ending), block_size)
+                rows.append(make_row(tail[:-n], {4 * i + j: tail[-n:]}))
     rows.sort(key=lambda row: len(row.tokens), reverse=True)
     batches = []
     while rows:
@@ -234,3 +239,118 @@ def make_batches(questions: list[Question], block_size: int, max_tokens: int) ->
         batches.append(rows[:n])
         rows = rows[n:]
     return batches
+
+
+CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 4096, 16384  # padded, of all rows of a batch
+HEAD_ROWS = 1024  # logits of so many positions exist at a time: 0.2 GB in float32
+
+
+def token_losses(model: GPT, batch: list[Row], device: torch.device) -> Tensor:
+    """Return the losses (N,) of all predicted tokens of a batch, in float32."""
+    tokens, positions, parts, *_ = zip(*batch, strict=True)
+    tokens = pad_sequence(tokens, batch_first=True).to(device)  # (B, T)
+    positions = pad_sequence(positions, batch_first=True).to(device)  # (B, T)
+    parts = pad_sequence(parts, batch_first=True, padding_value=-1).to(device)  # (B, T)
+    # Causal, and of the other parts only the context. Padding too sees the context: a query that
+    # sees nothing would be NaN.
+    mask = ((parts[:, None] == 0) | (parts[:, None] == parts[:, :, None])).tril()  # (B, T, T)
+    x = model.hidden(tokens, positions, mask[:, None]).flatten(0, 1)  # (B*T, C)
+    sources = torch.cat([row.sources + i * tokens.size(1) for i, row in enumerate(batch)])
+    targets = torch.cat([row.targets for row in batch]).to(device)
+    x, losses = x[sources.to(device)], []  # (N, C)
+    for part, y in zip(x.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
+        logits = model.lm_head(part)[:, : model.config.vocab_size].float()  # less the padded ids
+        losses.append(F.cross_entropy(logits, y, reduction="none"))
+    return torch.cat(losses)
+
+
+@torch.no_grad()
+def ending_losses(model: GPT, questions: Questions, machine: Machine) -> Tensor:
+    """Return the summed loss (n, 4) of every question's endings, the same on every rank.
+
+    Batches are formed first and dealt to the ranks afterwards, so that the number of ranks changes
+    nothing. Raises ValueError if the model's vocabulary is too small.
+    """
+    from tqdm import tqdm
+
+    items, config, device = questions.items, model.config, machine.device
+    if config.vocab_size <= EOT:
+        raise ValueError(f"vocab_size {config.vocab_size}: HellaSwag needs a model of GPT-2 tokens")
+    max_tokens = CUDA_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
+    batches = make_batches(items, config.block_size, max_tokens)[machine.rank :: machine.world_size]
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # of sums of hundreds of nats
+    losses = torch.zeros(4 * len(items), dtype=dtype, device=device)
+    hidden = None if machine.is_main else True  # None: a bar on a terminal only
+    training = model.training
+    model.eval()
+    # a compiled model would be compiled anew for the shape of every batch
+    with machine.autocast, torch.compiler.set_stance("force_eager"):
+        for batch in tqdm(batches, desc="HellaSwag", leave=False, disable=hidden):
+            endings = torch.cat([row.endings for row in batch]).to(device)
+            losses.index_add_(0, endings, token_losses(model, batch, device).to(dtype))
+    model.train(training)
+    if machine.world_size > 1:
+        dist.all_reduce(losses)
+    return losses.view(-1, 4).cpu()
+
+
+def choices(questions: Questions, losses: Tensor) -> tuple[list[int], list[int]]:
+    """Return for each question the ending of the smallest loss: summed, and for its length."""
+    lengths = torch.tensor([q.lengths for q in questions.items])
+    return losses.argmin(1).tolist(), (losses / lengths).argmin(1).tolist()
+
+
+def summarize(questions: Questions, losses: Tensor) -> dict[str, Any]:
+    """Return style, acc, acc_norm and n."""
+    n, labels = len(questions.items), [q.label for q in questions.items]
+    acc, acc_norm = (
+        sum(map(int.__eq__, chosen, labels)) / n for chosen in choices(questions, losses)
+    )
+    return {"style": questions.style, "acc": acc, "acc_norm": acc_norm, "n": n}
+
+
+def score(model: GPT, questions: Questions, machine: Machine) -> dict[str, Any]:
+    """Return style, acc, acc_norm and n, the same on every rank."""
+    return summarize(questions, ending_losses(model, questions, machine))
+
+
+# -----------------------------------------------------------------------------
+# the command
+
+
+def evaluate(config: HellaSwagConfig) -> None:
+    """Score a model, print the result and write it where asked."""
+    with set_up_machine(TrainConfig(device=config.device, dtype=config.dtype)) as machine:
+        if machine.is_main:
+            ensure_data(config.data)
+        machine.sum(0)  # the other ranks wait for the download
+        questions = load_questions(ensure_data(config.data), config.style, config.limit)
+        model = load_model(config.model, machine.device)
+        start = time.perf_counter()
+        losses = ending_losses(model, questions, machine)
+        if not losses.isfinite().all():
+            raise ValueError("some losses are not finite: try --dtype float32, or another --model")
+        result = summarize(questions, losses) | {"seconds": time.perf_counter() - start}
+        machine.print(
+            f"HellaSwag, style {config.style}: acc {result['acc']:.4f}, acc_norm "
+            f"{result['acc_norm']:.4f} ({result['n']:,} examples, {result['seconds']:.1f} s)"
+        )
+        if config.out and machine.is_main:
+            chosen = zip(*choices(questions, losses), strict=True)
+            lines = [
+                {"index": i, "label": q.label, "losses": loss, "pred": pred, "pred_norm": pred_norm}
+                for i, (q, loss, (pred, pred_norm)) in enumerate(
+                    zip(questions.items, losses.tolist(), chosen, strict=True)
+                )
+            ]
+            lines.append(result | {"model": config.model})
+            write_atomically(config.out, "".join(json.dumps(x) + "\n" for x in lines).encode())
+
+
+def main() -> None:
+    """Score a model as the command line says."""
+    run_command(HellaSwagConfig, evaluate)
+
+
+if __name__ == "__main__":
+    main()
