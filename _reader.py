@@ -82,7 +82,7 @@ def fingerprint(data_dir: Path) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path):
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

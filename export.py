@@ -66,9 +66,13 @@ def newest_checkpoint(out_dir: Path, say: Callable[[str], None]) -> dict[str, An
 
 def write_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
     """Write a checkpoint, whole or not at all; then delete all but the `keep` newest (0: all)."""
+    wrong = [name for name, weight in state["model"].items() if not weight.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not finite: go on from {path.parent} with --resume")
     with atomic_write(path) as file:
         torch.save(state, file)
-    for old in checkpoint_paths(path.parent)[keep:] if keep else []:
+    partial = path.parent.glob(".ckpt_*")  # of a run that was killed while it wrote
+    for old in [*partial, *(checkpoint_paths(path.parent)[keep:] if keep else [])]:
         old.unlink()
 
 
@@ -177,11 +181,11 @@ def read_tensors(file: Any, path: Path, config: GPTConfig) -> GPT:
 
     if f"transformer.h.{config.n_layer - 1}.ln_1.weight" not in stored:  # before making room
         raise ValueError(f"{path}: no tensor transformer.h.{config.n_layer - 1}.ln_1.weight")
-    with torch.device("meta"):  # no time spent on weights that are replaced
-        model = GPT(config)
     embedding = take("transformer.wte.weight", (config.vocab_size, config.n_embd))
     if head and not torch.equal(file.get_tensor(head), embedding):
         raise ValueError(f"{path}: lm_head.weight is not the token embedding, as in GPT-2")
+    with torch.device("meta"):  # no time spent on weights that are replaced
+        model = GPT(config)
     model.to_empty(device="cpu")
     model.lm_head.weight = model.transformer.wte.weight  # tied again
     with torch.no_grad():
@@ -328,16 +332,14 @@ class ExportConfig:
     source: Positional[str]  # checkpoint *.pt; or folder in Hugging Face format, or hub name
     target: Positional[Path]  # folder; or checkpoint *.pt
 
-    def __post_init__(self) -> None:
-        if self.source.endswith(".pt") == (self.target.suffix == ".pt"):
-            raise ValueError(
-                f"{self.source} to {self.target}: one must be a checkpoint ending in .pt, the "
-                "other a folder"
-            )
-
 
 def export(config: ExportConfig) -> None:
     """Convert, whichever way the names say."""
+    if config.source.endswith(".pt") == (config.target.suffix == ".pt"):
+        raise ValueError(
+            f"{config.source} to {config.target}: one must be a checkpoint ending in .pt, the "
+            "other a folder"
+        )
     if config.target.suffix != ".pt":
         write_huggingface(load_model(config.source), config.target)
     elif config.target.exists():

@@ -323,8 +323,7 @@ def load_model(name_or_path: str | Path | None, device: torch.device | str = "cp
         name_or_path = next(iter(checkpoint_paths(Path("log"))), "gpt2")
     if str(name_or_path).endswith(".pt"):
         state = read_checkpoint(Path(name_or_path))
-        model = GPT(GPTConfig(**state["model_config"]))
-        load_weights(model, state["model"])
+        model = build_model(GPTConfig(**state["model_config"]), state["model"])
     else:
         from export import read_huggingface
 
@@ -332,12 +331,19 @@ def load_model(name_or_path: str | Path | None, device: torch.device | str = "cp
     return model.to(device).eval()
 
 
-def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
-    """Copy named parameters, the tied one once, into the model; ValueError names what differs."""
+def build_model(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
+    """Return a model with these parameters, the tied one once; ValueError names what differs."""
+    wte, wpe = (weights.get(f"transformer.{name}.weight") for name in ("wte", "wpe"))
+    sizes = [(config.padded_vocab_size, config.n_embd), (config.block_size, config.n_embd)]
+    there = [tuple(getattr(w, "shape", ())) for w in (wte, wpe)]
+    if sizes != there or len(weights) != 12 * config.n_layer + 4:  # before memory is taken for it
+        raise ValueError(f"weights of another architecture: wte, wpe are {there}, not {sizes}")
+    model = GPT(config)
     try:
-        model.load_state_dict({**weights, "lm_head.weight": weights["transformer.wte.weight"]})
-    except (RuntimeError, KeyError) as error:
+        model.load_state_dict({**weights, "lm_head.weight": wte})
+    except RuntimeError as error:
         raise ValueError(f"weights of another architecture: {error}") from None
+    return model
 
 
 def compile_model(model: GPT) -> None:
@@ -644,8 +650,7 @@ def make_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
     """Return the model of a checkpoint's state, of given weights, or a fresh one, on the CPU."""
     torch.manual_seed(config.seed)
     if state:
-        model = GPT(GPTConfig(**state["model_config"]))
-        load_weights(model, state["model"])
+        model = build_model(GPTConfig(**state["model_config"]), state["model"])
     elif config.init_from:
         given = load_model(config.init_from)
         for name in MODEL_FIELDS:
@@ -716,6 +721,8 @@ def train(config: TrainConfig) -> None:
         if machine.is_main:
             stack.enter_context(locked(config.out_dir))  # a second run in it would spoil both
         finished = train_on(config, machine, signals)
+        if not finished:
+            machine.print("stopped as asked: go on with the same command and --resume")
     if not finished and "RANK" not in os.environ:
         sys.exit(128 + signals[0])  # under torchrun a saved stop is no failure
 
@@ -729,7 +736,8 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
 
     # a new run, or the state of one to go on with
     device, out_dir, world_size = machine.device, config.out_dir, machine.world_size
-    if not config.resume and ((out_dir / "metrics.jsonl").exists() or checkpoint_paths(out_dir)):
+    holds_a_run = (out_dir / "metrics.jsonl").exists() or checkpoint_paths(out_dir)
+    if machine.is_main and holds_a_run and not config.resume:
         raise ValueError(f"{out_dir} holds a run: go on with --resume, or give another --out_dir")
     state = newest_checkpoint(out_dir, machine.print) if config.resume else None
     data = fingerprint(config.data_dir)
@@ -765,8 +773,7 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
     ddp_model: nn.Module = model
     if world_size > 1:
-        options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-        ddp_model = DistributedDataParallel(model, **options)
+        ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     step = tokens_seen = 0
     if state:
         groups = optimizer.state_dict()["param_groups"]  # as this machine wants them
@@ -800,6 +807,9 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     if config.resume:
         machine.print(f"going on after step {step}" if step else "nothing to resume: a new run")
 
+    # what a resumed run has logged at this step already: rank 0 knows, all must agree
+    done = {event for event in ("val", "sample") if machine.sum((event, step) in log.kept)}
+
     batches = micro_batches(train_windows, config, B, machine, step, tokens_seen)
     peak, token_flops = bench.peak_flops(device), bench.flops_per_token(model.config, n_params)
     first_step, stopping, skipped, unsaved = step, False, 0, ""
@@ -808,7 +818,7 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
 
         def due(every: int, event: str) -> bool:
             now = every > 0 and (last or step % every == 0)  # noqa: B023
-            return now and not stopping and (event, step) not in log.kept  # noqa: B023
+            return now and not stopping and not (step == first_step and event in done)  # noqa: B023
 
         # once in a while: how well does it predict text it has never seen?
         if due(config.eval_every, "val"):

@@ -1,5 +1,6 @@
 """A run that is stopped and resumed is the run that was never stopped."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, RUN, command, flags, losses, read_metrics, run_train
 
-from train_gpt2 import GPT, GPTConfig, load_model, load_weights
+from train_gpt2 import GPT, GPTConfig, build_model, load_model
 
 
 def final_weights(out_dir, step):
@@ -116,9 +117,11 @@ def test_init_from_starts_with_the_weights_of_a_checkpoint(data_dir, tmp_path):
 def test_weights_of_another_shape_are_refused_by_name():
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=100)
     weights = dict(GPT(config).named_parameters())
-    del weights["transformer.ln_f.bias"]
+    weights["transformer.ln_f.bias"] = torch.zeros(9)
     with pytest.raises(ValueError, match=r"transformer.ln_f.bias"):
-        load_weights(GPT(config), weights)
+        build_model(config, weights)
+    with pytest.raises(ValueError, match="another architecture"):
+        build_model(dataclasses.replace(config, n_layer=2), weights)
 
 
 def test_a_signal_ends_the_step_and_saves(data_dir, tmp_path):

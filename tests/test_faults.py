@@ -1,0 +1,457 @@
+"""What can go wrong with a run: kills, damage, signals, full disks, bad numbers, bad data.
+
+The short forms are part of `make test`; `make test-faults` runs the long ones as well.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    RUN,
+    command,
+    flags,
+    losses,
+    read_metrics,
+    run_command_line,
+    run_train,
+    write_shards,
+)
+
+import bench
+from _reader import open_shards
+from export import read_checkpoint
+from train_gpt2 import GPT, Machine, load_model
+
+LONG = dict(max_steps=60, checkpoint_every=3, eval_every=20)
+
+
+def start(data_dir: Path, out_dir: Path, ranks: int = 0, launcher: tuple = (), **changes):
+    """Start the real training command; its output comes line by line."""
+    settings = flags(**{**RUN, "data_dir": data_dir, "out_dir": out_dir, **changes})
+    return subprocess.Popen(
+        command("train_gpt2.py", *settings, ranks=ranks, launcher=launcher),
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen, text: str) -> str:
+    """Read the command's output until a line holds `text`; return all of it."""
+    output = ""
+    for line in process.stdout:
+        output += line
+        if text in line:
+            return output
+    raise AssertionError(f"ended without {text!r}:\n{output}")
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """The process ids of torchrun's ranks, in order."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return sorted(map(int, found.stdout.split()))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data_dir, tmp_path_factory) -> list[dict]:
+    return run_train(data_dir, tmp_path_factory.mktemp("undisturbed"), **LONG)
+
+
+# -----------------------------------------------------------------------------
+# stopped, killed, damaged
+
+
+def kill_until_finished(data_dir, out_dir, kills: int, seed: int) -> None:
+    """Kill -9 the command so many times, each at a random moment, then let it finish."""
+    rng = random.Random(seed)
+    for kill in range(kills):
+        process = start(data_dir, out_dir, resume=True, **LONG)
+        if kill % 2:  # in the middle of writing a checkpoint
+            deadline = time.time() + 60
+            while process.poll() is None and time.time() < deadline:
+                if any(out_dir.glob(".ckpt_*")):
+                    break
+        else:
+            wait_for(process, "parameters on")
+            time.sleep(rng.uniform(0, 0.8))
+        process.kill()
+        process.wait()
+    result = run_command_line(
+        "train_gpt2.py", *flags(**{**RUN, **LONG, "data_dir": data_dir, "out_dir": out_dir}),
+        "--resume",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_goes_on_and_logs_every_step_once(
+    data_dir, tmp_path, undisturbed, kills
+):
+    kill_until_finished(data_dir, tmp_path, kills, seed=kills)
+    metrics = read_metrics(tmp_path)
+    assert losses(metrics) == losses(undisturbed)
+    validations = [(m["step"], m["loss"]) for m in metrics if m["event"] == "val"]
+    assert validations == [(m["step"], m["loss"]) for m in undisturbed if m["event"] == "val"]
+    assert not list(tmp_path.glob(".ckpt_*")), "partial files must not pile up"
+
+
+def truncate(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def zero(data: bytes) -> bytes:
+    return bytes(len(data))
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [truncate, zero, flip])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(data_dir, tmp_path, capsys, damage):
+    whole = run_train(data_dir, tmp_path, checkpoint_every=4, keep_checkpoints=0)
+    newest = tmp_path / "ckpt_000010.pt"
+    newest.write_bytes(damage(newest.read_bytes()))
+    resumed = run_train(data_dir, tmp_path, resume=True)
+    output = capsys.readouterr().out
+    assert "ckpt_000010.pt: not a whole checkpoint" in output and "after step 8" in output
+    assert losses(resumed) == losses(whole)
+
+
+def test_if_every_checkpoint_is_damaged_nothing_is_deleted(data_dir, tmp_path):
+    run_train(data_dir, tmp_path, checkpoint_every=5)
+    for path in tmp_path.glob("ckpt_*.pt"):
+        path.write_bytes(flip(path.read_bytes()))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+        run_train(data_dir, tmp_path, resume=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(data_dir, tmp_path, number):
+    process = start(data_dir, tmp_path, max_steps=100_000)
+    wait_for(process, "step 3:")
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number
+    assert "--resume" in output
+    steps = [m["step"] for m in read_metrics(tmp_path, "train")]
+    assert (tmp_path / f"ckpt_{len(steps):06d}.pt").exists() and steps == list(range(len(steps)))
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    # a step of minutes: the first Ctrl-C waits for its end, the second does not
+    data = write_shards(tmp_path / "data", {"a_val_0.npy": 400, "a_train_1.npy": 400_000})
+    process = start(data, tmp_path / "log", total_batch_size=16 * 20_000, n_embd=512,
+                    micro_batch_size=1, eval_every=0)  # fmt: skip
+    wait_for(process, "parameters on")
+    time.sleep(1)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert process.wait(timeout=5) == -signal.SIGINT
+
+
+# -----------------------------------------------------------------------------
+# ranks
+
+
+def test_two_ranks_resume_bit_for_bit_and_one_goes_on_from_two(data_dir, tmp_path):
+    def run(out_dir, ranks, *more):
+        settings = flags(**{**RUN, "data_dir": data_dir, "out_dir": out_dir}, checkpoint_every=5)
+        result = run_command_line("train_gpt2.py", *settings, *more, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        return losses(read_metrics(out_dir))
+
+    whole = run(tmp_path / "two", 2)
+    end = (tmp_path / "two" / "ckpt_000010.pt").read_bytes()
+    for ranks in (2, 0):
+        (tmp_path / "two" / "ckpt_000010.pt").unlink(missing_ok=True)
+        resumed = run(tmp_path / "two", ranks, "--resume")
+        if ranks == 2:
+            assert resumed == whole
+            (tmp_path / "end.pt").write_bytes(end)
+            a, b = (read_checkpoint(p) for p in
+                    (tmp_path / "end.pt", tmp_path / "two" / "ckpt_000010.pt"))  # fmt: skip
+            assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+        for x, y in zip(whole, resumed, strict=True):
+            assert x == pytest.approx(y, abs=1e-4)
+
+
+def test_a_signal_to_one_rank_stops_all_and_is_no_failure(data_dir, tmp_path):
+    process = start(data_dir, tmp_path, ranks=2, launcher=("--max-restarts=3",), max_steps=100_000)
+    wait_for(process, "step 3:")
+    os.kill(workers(process)[1], signal.SIGUSR1)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert len(list(tmp_path.glob("ckpt_*.pt"))) == 1
+    assert output.count("parameters on") == 0, "it must not be started again"
+
+
+def test_a_rank_that_dies_is_replaced_and_the_result_is_the_same(data_dir, tmp_path):
+    settings = {"ranks": 2, "launcher": ("--max-restarts=3",), "resume": True, **LONG}
+    process = start(data_dir, tmp_path / "hurt", **settings)
+    wait_for(process, "saved")
+    os.kill(workers(process)[1], signal.SIGKILL)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output
+    assert "going on after step" in output
+    process = start(data_dir, tmp_path / "whole", **settings)
+    process.communicate(timeout=100)
+    hurt, whole = (losses(read_metrics(tmp_path / name)) for name in ("hurt", "whole"))
+    assert hurt == whole
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_ended_by_the_time_out(data_dir, tmp_path):
+    process = start(data_dir, tmp_path, ranks=2, max_steps=100_000, timeout_minutes=0.1)
+    wait_for(process, "step 3:")
+    hung = workers(process)[1]
+    os.kill(hung, signal.SIGSTOP)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert not Path(f"/proc/{hung}").exists()
+
+
+# -----------------------------------------------------------------------------
+# disk and numbers
+
+
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(data_dir, tmp_path):
+    process = start(data_dir, tmp_path, max_steps=100_000, checkpoint_every=2, eval_every=0)
+    wait_for(process, "saved")
+    hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, hard))  # no room for a whole one
+    wait_for(process, "could not be written")
+    assert not list(tmp_path.glob(".ckpt_*")), "the partial file must go"
+    kept = sorted(tmp_path.glob("ckpt_*.pt"))
+    assert kept and all(read_checkpoint(path) for path in kept)
+    wait_for(process, "could not be written")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    wait_for(process, "saved")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, hard))
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2, "a failed last checkpoint is an error"
+    assert "train_gpt2.py: error" in output and "--resume" in output
+
+
+POISON = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train_gpt2
+loss, calls = train_gpt2.GPT.loss, [0]
+def poisoned(self, x, targets):
+    calls[0] += self.training
+    bad = self.training and os.environ.get("RANK", "0") == {rank!r} and calls[0] in {calls}
+    return loss(self, x, targets) * (float("nan") if bad else 1)
+train_gpt2.GPT.loss = poisoned
+train_gpt2.main()
+"""
+
+
+@pytest.mark.parametrize(("ranks", "rank", "calls"), [(0, "0", [10]), (2, "1", [5])])
+def test_a_step_that_is_not_finite_is_skipped_by_all(data_dir, tmp_path, ranks, rank, calls):
+    script = tmp_path / "train_gpt2.py"
+    script.write_text(POISON.format(root=str(ROOT), rank=rank, calls=calls))
+    settings = flags(**{**RUN, "data_dir": data_dir, "out_dir": tmp_path / "log"})
+    result = run_command_line(str(script), *settings, ranks=ranks)
+    assert result.returncode == 0, result.stderr
+    (skip,) = read_metrics(tmp_path / "log", "skip")
+    assert skip["step"] == 2 and skip["windows"] == [32, 48] and "nan" in skip["why"]
+    steps = [m["step"] for m in read_metrics(tmp_path / "log", "train")]
+    assert steps == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+    state = read_checkpoint(tmp_path / "log" / "ckpt_000010.pt")
+    assert all(w.isfinite().all() for w in state["model"].values())
+
+
+def test_too_many_skipped_steps_end_the_run_and_keep_the_checkpoint(
+    data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(GPT, "loss", lambda self, x, targets: x.sum() * float("inf"))
+    settings = dict(max_skipped=3, checkpoint_every=2, eval_every=0)
+    with pytest.raises(ValueError, match="3 steps in a row"):
+        run_train(data_dir, tmp_path, **settings)
+    assert [m["step"] for m in read_metrics(tmp_path, "skip")] == [0, 1, 2]
+    assert read_checkpoint(tmp_path / "ckpt_000002.pt")
+
+
+def test_running_out_of_memory_halves_the_micro_batch_before_and_is_explained_after(
+    data_dir, tmp_path, monkeypatch, small_model
+):
+    whole_loss = GPT.loss
+
+    def limited(self, x, targets):  # a device with memory for four rows
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return whole_loss(self, x, targets)
+
+    monkeypatch.setattr(GPT, "loss", limited)
+    machine = Machine(torch.device("cpu"), torch.float32)
+    assert not bench.fits_in_memory(small_model, 8, machine)
+    assert bench.fits_in_memory(small_model, 4, machine)
+    assert all(p.grad is None for p in small_model.parameters())
+    with pytest.raises(ValueError, match=r"--resume with --micro_batch_size 4"):
+        run_train(data_dir, tmp_path, micro_batch_size=8, eval_every=0)
+
+
+# -----------------------------------------------------------------------------
+# bad data
+
+
+def cut(folder):
+    path = folder / "a_train_1.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def changed(folder):
+    np.save(folder / "a_train_1.npy", np.zeros(400, dtype=np.float32))
+
+
+BAD_DATA = {
+    "truncated": (cut, r"a_train_1\.npy: not a whole token shard"),
+    "dtype": (changed, r"a_train_1\.npy: not a whole token shard \(1-dimensional float32"),
+    "empty file": (
+        lambda d: (d / "a_train_1.npy").write_bytes(b""),
+        r"a_train_1\.npy: not a whole",
+    ),
+    "no val": (lambda d: (d / "a_val_0.npy").unlink(), r"no \*_val_\* shards"),
+    "no train": (lambda d: (d / "a_train_1.npy").unlink(), r"no \*_train_\* shards"),
+    "short": (lambda d: write_shards(d, {"a_train_1.npy": 200}), "12 training"),
+    "short val": (lambda d: write_shards(d, {"a_val_0.npy": 16}), "0 validation windows"),
+    "bin": (lambda d: (d / "b_train_2.bin").write_bytes(b"x" * 3000), r"b_train_2\.bin"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_DATA)
+def test_bad_data_is_named_before_the_first_step(tmp_path, what):
+    spoil, message = BAD_DATA[what]
+    data = write_shards(tmp_path / "data", {"a_val_0.npy": 400, "a_train_1.npy": 400})
+    spoil(data)
+    with pytest.raises((ValueError, OSError), match=message):
+        run_train(data, tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+
+
+def test_data_that_changed_since_the_checkpoint_is_refused(tmp_path):
+    data = write_shards(tmp_path / "data", {"a_val_0.npy": 400, "a_train_1.npy": 400})
+    run_train(data, tmp_path / "log", max_steps=2)
+    write_shards(data, {"a_train_2.npy": 400})
+    with pytest.raises(ValueError, match="data was"):
+        run_train(data, tmp_path / "log", max_steps=3, resume=True)
+
+
+def test_two_runs_do_not_share_a_folder_and_a_crash_leaves_no_lock(data_dir, tmp_path):
+    process = start(data_dir, tmp_path, max_steps=100_000, checkpoint_every=2)
+    wait_for(process, "saved")
+    settings = flags(**{**RUN, "data_dir": data_dir, "out_dir": tmp_path}, resume=True)
+    second = run_command_line("train_gpt2.py", *settings)
+    assert second.returncode == 2 and "in use" in second.stderr
+    process.kill()
+    process.wait()
+    settings = flags(**{**RUN, "data_dir": data_dir, "out_dir": tmp_path, "max_steps": 100_000})
+    process = start(data_dir, tmp_path, max_steps=100_000, resume=True)
+    wait_for(process, "going on after step")
+    process.kill()
+    process.wait()
+
+
+def test_what_a_run_runs_on_may_change(data_dir, tmp_path):
+    run_train(data_dir, tmp_path, max_steps=4)
+    resumed = run_train(
+        data_dir, tmp_path, max_steps=5, resume=True, dtype="bfloat16", micro_batch_size=8,
+        eval_every=1, checkpoint_every=1, keep_checkpoints=1,
+    )  # fmt: skip
+    runs = [m for m in resumed if m["event"] == "run"]
+    assert [m["dtype"] for m in runs] == ["float32", "bfloat16"]
+    assert [m["micro_batch_size"] for m in runs] == [4, 8]
+
+
+# -----------------------------------------------------------------------------
+# hostile files
+
+
+def mutations(data: bytes, count: int, seed: int):
+    """Yield damaged copies: bytes changed, cut off, put in, repeated."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        bad = bytearray(data)
+        for _ in range(rng.choice((1, 1, 3, 20))):
+            place = rng.randrange(max(1, len(bad)))
+            match rng.randrange(4):
+                case 0:
+                    bad[place : place + 1] = bytes([rng.randrange(256)])
+                case 1:
+                    del bad[place : place + rng.randrange(1, 50)]
+                case 2:
+                    bad[place:place] = rng.randbytes(rng.randrange(1, 20))
+                case 3:
+                    bad[place : place + 8] = rng.choice((b"\xff" * 8, b"\0" * 8, b"9" * 8))
+        yield bytes(bad)
+
+
+@pytest.mark.parametrize("kind", ["shard.npy", "shard.bin", "manifest", "checkpoint"])
+def test_mutated_files_never_raise_anything_but_the_one_line(data_dir, tmp_path, kind):
+    folder = write_shards(tmp_path / "data", {"a_train_1.npy": 300})
+    path, read = folder / "a_train_1.npy", lambda: open_shards(folder, "train")
+    if kind == "shard.bin":
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = 20240520, 1, 300
+        data = header.tobytes() + np.load(path).tobytes()
+        path.unlink()
+        path = folder / "a_train_1.bin"
+    elif kind == "manifest":
+        path = folder / "manifest.json"
+        shards = [{"name": "a_train_1.npy", "tokens": 300, "sha256": "0" * 64}]
+        data = json.dumps({"source": "local", "shards": shards}).encode()
+    elif kind == "checkpoint":
+        run_train(data_dir, tmp_path / "log", max_steps=1, n_layer=1, n_embd=8, vocab_size=300)
+        path = tmp_path / "log" / "ckpt_000001.pt"
+        read = lambda: load_model(path)  # noqa: E731
+        data = path.read_bytes()
+    else:
+        data = path.read_bytes()
+    refused = 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for bad in mutations(data, 300, seed=1):
+        path.write_bytes(bad)
+        try:
+            read()
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert str(path.name) in str(error) or "a_train_1" in str(error)
+    assert refused > 20, "the mutations must do some harm"
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 300_000, f"{grown} KB more memory for files of {len(data)} bytes"
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"model": Evil(), "model_config": {}}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        load_model(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_huge_model_in_a_small_checkpoint_is_not_built(data_dir, tmp_path):
+    run_train(data_dir, tmp_path, max_steps=1)
+    state = read_checkpoint(tmp_path / "ckpt_000001.pt")
+    for name in ("n_layer", "n_embd", "block_size", "vocab_size"):
+        lie = {**state, "model_config": {**state["model_config"], name: 1 << 30}}
+        torch.save(lie, tmp_path / "lie.pt")
+        with pytest.raises(ValueError, match="another architecture"):
+            load_model(tmp_path / "lie.pt")
