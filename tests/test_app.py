@@ -1,0 +1,155 @@
+"""
+The page in a real browser: chromium and chromedriver, found on the path, and requirements-app.txt.
+
+    python -m pytest -m slow tests/test_app.py
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_export import save, spread
+
+from fineweb import encode
+from train_gpt2 import GPT, GPTConfig
+
+pytestmark = pytest.mark.slow
+METRICS = """{"event": "val", "step": 0, "loss": 10.8}
+{"event": "val", "step": 7, "loss": 3.28125}
+{"event": "val", "step": 9, "loss": 1.0}
+"""
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page of a small model that is not clever, but talks for long."""
+    pytest.importorskip("gradio")
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    model = spread(GPT(GPTConfig(n_layer=8, n_head=2, n_embd=32, block_size=64)))
+    path = save(model, folder / "ckpt_000007.pt")
+    (folder / "metrics.jsonl").write_text(METRICS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "app.py", "--model", str(path), "--port", str(port)]
+    server = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert server.poll() is None
+        try:
+            return urllib.request.urlopen(url, timeout=5).status == 200
+        except OSError:
+            return False
+
+    try:
+        wait_for(answers, "the page", 180)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def browse(url: str) -> Iterator[Callable[[], "Person"]]:
+    """Opens the page in a browser of its own."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("chromium or chromedriver is missing")
+    opened = []
+
+    def open_page() -> Person:
+        options = webdriver.ChromeOptions()
+        for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+            options.add_argument(flag)
+        options.add_argument("--window-size=1100,1200")
+        options.binary_location = shutil.which("chromium")
+        service = webdriver.ChromeService(shutil.which("chromedriver"))
+        opened.append(webdriver.Chrome(options, service))
+        opened[-1].get(url)
+        return Person(opened[-1])
+
+    yield open_page
+    for browser in opened:
+        browser.quit()
+
+
+class Person:
+    """Someone at a browser."""
+
+    def __init__(self, browser):
+        self.browser = browser
+        wait_for(lambda: self.find("#write"), "the button")
+
+    def find(self, selector: str) -> list:
+        return self.browser.find_elements("css selector", selector)
+
+    def type(self, text: str) -> None:
+        (box,) = self.find("#prompt textarea")
+        box.clear()
+        box.send_keys(text)
+
+    def click(self, selector: str) -> None:
+        self.find(selector)[0].click()
+
+    def set(self, label: str, value: object) -> None:
+        (box,) = self.find(f"input[type=number][aria-label*='{label}']")
+        box.send_keys("\ue009a\ue000" + str(value) + "\ue004")  # Ctrl-A, the value, Tab
+
+    def texts(self) -> list[str]:
+        return [box.get_property("value") for box in self.find("#samples textarea")]
+
+
+def test_text_appears_as_it_is_made_and_stops_when_told(browse, tmp_path: Path):
+    ann, bob = browse(), browse()
+    top = ann.find("h2")[0].text + ann.find("h2 + p")[0].text
+    assert "ckpt_000007.pt" in top and "1.7M parameters" in top
+    assert "validation loss 3.281" in top  # of its step, not of a later one
+    ann.type("Once upon a time")
+    ann.set("Length", 1000)
+    ann.click("#write")
+    lengths = set()
+    wait_for(lambda: lengths.add(len(ann.texts()[0])) or len(lengths) > 5, "text to stream in")
+    assert ann.texts()[0].startswith("Once upon a time")
+    bob.type("It was")
+    bob.set("Length", 20)
+    bob.set("Samples", 3)
+    bob.click("#int8 input")
+    bob.click("#write")
+    time.sleep(1)
+    assert bob.texts() == [""]  # one after the other
+    ann.click("#stop")
+    wait_for(lambda: len(bob.texts()) == 3 and len(bob.texts()[2]) > 20, "bob's turn")
+    assert all(text.startswith("It was") for text in bob.texts())
+    stopped = ann.texts()[0]
+    time.sleep(2)
+    assert ann.texts()[0] == stopped and len(encode(stopped)) < 900
+    ann.click("#write")  # and on it goes
+    wait_for(lambda: ann.texts()[0] != stopped, "text again")
+
+
+def test_the_page_cannot_be_reached_from_other_machines(url):
+    port = int(url.rsplit(":", 1)[1])
+    with socket.socket(socket.AF_INET6) as other, pytest.raises(OSError):
+        other.connect(("::1", port))
+    addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()
+    for address in (a for a in addresses if "." in a):
+        with pytest.raises(OSError):
+            socket.create_connection((address, port), timeout=2)
