@@ -7,6 +7,7 @@ import time
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -445,30 +446,34 @@ def real_lines(count):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_twice_as_fast_as_the_plain_way(data, dtype):
-    """200 examples, GPT-2 124M with random weights, in turns of 50; `-s` shows the table."""
+    """200 examples, GPT-2 124M with random weights; `-s` shows the times.
+
+    Half of the plain way comes before ours and half after it, so that a machine that is busy with
+    other things for a while is unjust to neither.
+    """
     data.write_text("\n".join(real_lines(200)))
-    style, items = hellaswag.load_questions(data, "completion")
+    style, items = questions = hellaswag.load_questions(data, "completion")
     torch.manual_seed(0)
     model, machine = GPT(GPTConfig()).eval(), Machine(CPU.device, getattr(torch, dtype))
-    ways = {"plain": plain_losses, "ours": lambda *a: hellaswag.ending_losses(*a, machine)}
-    wall, cpu, worst, same = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0), 0.0, True
-    for start in range(0, 200, 50):
-        questions, losses = Questions(style, items[start : start + 50]), {}
-        for name, way in ways.items():
-            times = time.perf_counter(), time.process_time()
-            with machine.autocast:
-                losses[name] = way(model, questions)
-            wall[name] += time.perf_counter() - times[0]
-            cpu[name] += time.process_time() - times[1]
-        worst = max(worst, (losses["plain"] - losses["ours"]).abs().max().item())
-        same &= len({str(hellaswag.choices(questions, loss)) for loss in losses.values()}) == 1
-        print(f"\n{dtype}, {start + 50} examples:", end="")
-        for name, times in {"wall": wall, "CPU": cpu}.items():
-            ratio = times["plain"] / times["ours"]
-            print(f" {name} {times['plain']:.1f} s / {times['ours']:.1f} s = {ratio:.2f};", end="")
-        print(f" largest difference {worst:.1e}, same predictions: {same}")
-    assert dtype == "bfloat16" or (same and worst < 1e-4)
-    assert cpu["plain"] / cpu["ours"] >= 2
+
+    def timed(way, *arguments):
+        start = np.array([time.perf_counter(), time.process_time()])
+        with machine.autocast:
+            losses = way(model, *arguments)
+        return losses, np.array([time.perf_counter(), time.process_time()]) - start
+
+    timed(plain_losses, Questions(style, items[:2]))  # warm up
+    first, first_half = timed(plain_losses, Questions(style, items[:100]))
+    ours, our_time = timed(hellaswag.ending_losses, questions, machine)
+    last, last_half = timed(plain_losses, Questions(style, items[100:]))
+    plain, plain_time = torch.cat([first, last]), first_half + last_half
+    worst, ratios = (ours - plain).abs().max().item(), plain_time / our_time
+    print(f"\n{dtype}: (wall, CPU) seconds plain {plain_time.round(1)}, ours {our_time.round(1)}")
+    print(f"ratio {ratios.round(2)}, largest difference of a loss {worst:.1e}")
+    if dtype == "float32":
+        assert worst < 1e-4
+        assert hellaswag.choices(questions, ours) == hellaswag.choices(questions, plain)
+    assert ratios[1] >= 2
 
 
 @pytest.mark.slow
