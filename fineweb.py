@@ -532,6 +532,8 @@ def hub_errors() -> Iterator[None]:
         if status in (408, 429) or status >= 500:
             raise ConnectionError(f"the hub answers {status}") from None
         raise ValueError(f"{error}: check --dataset, or set HF_TOKEN") from None
+    except RuntimeError as error:  # data sets that are a program
+        raise ValueError(f"{error}: choose another --dataset") from None
     except (httpx2.TransportError, LocalEntryNotFoundError, json.JSONDecodeError) as error:
         what = str(error) or type(error).__name__
         raise ConnectionError(f"the hub does not answer ({what})") from None
@@ -541,18 +543,14 @@ def find_dataset(config: DataConfig) -> tuple[str, list[tuple[str, int]]]:
     """Return the data set's revision, and the paths and sizes of the files of name and split."""
     import datasets
     import httpx2
-    from huggingface_hub import HfApi, get_session, hf_hub_download, set_client_factory
+    from huggingface_hub import HfApi, get_session, set_client_factory
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
-    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     settings = {"event_hooks": get_session().event_hooks, "follow_redirects": True}
     set_client_factory(lambda: httpx2.Client(**settings, timeout=HF_HUB_DOWNLOAD_TIMEOUT))
     datasets.disable_progress_bars()
     with hub_errors():
         revision = HfApi().dataset_info(config.dataset).sha
-        # datasets would take a card that does not arrive for no card, and find other files
-        with contextlib.suppress(RemoteEntryNotFoundError):
-            hf_hub_download(config.dataset, "README.md", repo_type="dataset", revision=revision)
         builder = datasets.load_dataset_builder(
             config.dataset, config.config_name, revision=revision
         )
