@@ -120,7 +120,7 @@ def choose_micro_batch_size(
     return size
 
 
-def fits_in_memory(model: "GPT", rows: int, machine: "Machine") -> bool:
+def fits_in_memory(model: "GPT", machine: "Machine", rows: int) -> bool:
     """Try a forward and backward pass beside the optimizer's state; eager, to save compiling."""
     x = torch.zeros(rows, model.config.block_size, dtype=torch.long, device=machine.device)
     fitted = True

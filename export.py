@@ -20,8 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tyro.conf import Positional
 
-from _reader import atomic_write
-from fineweb import EOT, get_tokenizer, run_command
+from fineweb import EOT, atomic_write, get_tokenizer, run_command
 from train_gpt2 import GPT, GPTConfig, TrainConfig, load_model, plain
 
 # -----------------------------------------------------------------------------

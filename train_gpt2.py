@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -375,7 +376,7 @@ class Windows:
     """
 
     def __init__(self, data_dir: Path, split: str, block_size: int, vocab_size: int):
-        from _reader import open_shards
+        from fineweb import open_shards
 
         self.block_size = block_size
         self.shards = open_shards(data_dir, split, vocab_size)  # memory-mapped
@@ -672,17 +673,15 @@ RUN_IS = (  # what a run is: a resumed one must agree. What it runs on may chang
 
 def check_same_run(config: TrainConfig, state: dict[str, Any], data: str) -> None:
     """Raise ValueError, listing the differences, if a checkpoint is of another run."""
-    pairs = {name: (state["train_config"][name], getattr(config, name)) for name in RUN_IS}
+    pairs = {name: (state["train_config"].get(name), getattr(config, name)) for name in RUN_IS}
     for name in (*MODEL_FIELDS, "dropout"):
         if getattr(config, name) is not None:
             pairs[name] = (state["model_config"][name], getattr(config, name))
     pairs["data"] = (state["data"], data)
     differ = [f"{name} was {a}, is now {b}" for name, (a, b) in pairs.items() if a != b]
     if differ:
-        raise ValueError(
-            f"the checkpoint is of another run ({'; '.join(differ)}): give the settings it was "
-            "made with, or another --out_dir"
-        )
+        listed = "; ".join(differ)
+        raise ValueError(f"the checkpoint is of another run ({listed}): give another --out_dir")
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -730,8 +729,8 @@ def train(config: TrainConfig) -> None:
 def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     """Do what `train` says on this machine; return whether the budget is spent."""
     import bench
-    from _reader import fingerprint
     from export import checkpoint_paths, newest_checkpoint, write_checkpoint
+    from fineweb import fingerprint
     from plot import RunLog
 
     # a new run, or the state of one to go on with
@@ -759,13 +758,9 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     n_val = min(len(val_windows), max(1, val_tokens // T))
 
     # micro-batch, compiler, optimizer, ranks
-    B = bench.choose_micro_batch_size(
-        config,
-        T,
-        machine,
-        PRESETS[config.preset].micro_batch_size,
-        lambda b: bench.fits_in_memory(model, b, machine),
-    )
+    fits = partial(bench.fits_in_memory, model, machine)
+    off_cuda = PRESETS[config.preset].micro_batch_size
+    B = bench.choose_micro_batch_size(config, T, machine, off_cuda, fits)
     compiling, missing = bench.choose_compile(config.compile, device)
     if compiling:
         compile_model(model)
@@ -800,9 +795,10 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
         dtype=str(machine.dtype).removeprefix("torch."), compile=compiling, micro_batch_size=B,
         world_size=world_size, passes=config.budget / (len(train_windows) * T),
     )  # fmt: skip
-    for note in bench.ugly_dimensions(model.config, B) + [f"not compiled: {missing}"] * bool(
-        missing
-    ):
+    notes = bench.ugly_dimensions(model.config, B) + (
+        [f"not compiled: {missing}"] if missing else []
+    )
+    for note in notes:
         machine.print(f"note: {note}")
     if config.resume:
         machine.print(f"going on after step {step}" if step else "nothing to resume: a new run")
@@ -887,9 +883,8 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
             )  # fmt: skip
         else:
             why = f"loss {result.loss}, gradient norm {result.grad_norm}"
-            log.write(
-                "skip", step, why=why, windows=[(tokens_seen - batch_tokens) // T, tokens_seen // T]
-            )
+            windows = [(tokens_seen - batch_tokens) // T, tokens_seen // T]
+            log.write("skip", step, why=why, windows=windows)
         skipped = 0 if result.applied else skipped + 1
         if skipped and skipped >= config.max_skipped:
             raise ValueError(

@@ -28,8 +28,8 @@ from conftest import (
 )
 
 import bench
-from _reader import open_shards
 from export import read_checkpoint
+from fineweb import open_shards
 from train_gpt2 import GPT, Machine, load_model
 
 LONG = dict(max_steps=60, checkpoint_every=3, eval_every=20)
@@ -199,6 +199,18 @@ def test_a_signal_to_one_rank_stops_all_and_is_no_failure(data_dir, tmp_path):
     assert output.count("parameters on") == 0, "it must not be started again"
 
 
+def test_a_batch_system_stops_a_run_through_torchrun(data_dir, tmp_path):
+    # what Slurm does with `#SBATCH --signal=B:USR1@120` and the README's trap
+    launcher = ("--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",)
+    process = start(data_dir, tmp_path, ranks=2, launcher=launcher, max_steps=100_000)
+    wait_for(process, "step 3:")
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=60)[0]
+    assert "go on with the same command and --resume" in output
+    steps = [m["step"] for m in read_metrics(tmp_path, "train")]
+    assert [path.name for path in tmp_path.glob("ckpt_*.pt")] == [f"ckpt_{len(steps):06d}.pt"]
+
+
 def test_a_rank_that_dies_is_replaced_and_the_result_is_the_same(data_dir, tmp_path):
     settings = {"ranks": 2, "launcher": ("--max-restarts=3",), "resume": True, **LONG}
     process = start(data_dir, tmp_path / "hurt", **settings)
@@ -299,8 +311,8 @@ def test_running_out_of_memory_halves_the_micro_batch_before_and_is_explained_af
 
     monkeypatch.setattr(GPT, "loss", limited)
     machine = Machine(torch.device("cpu"), torch.float32)
-    assert not bench.fits_in_memory(small_model, 8, machine)
-    assert bench.fits_in_memory(small_model, 4, machine)
+    assert not bench.fits_in_memory(small_model, machine, 8)
+    assert bench.fits_in_memory(small_model, machine, 4)
     assert all(p.grad is None for p in small_model.parameters())
     with pytest.raises(ValueError, match=r"--resume with --micro_batch_size 4"):
         run_train(data_dir, tmp_path, micro_batch_size=8, eval_every=0)
