@@ -190,12 +190,12 @@ def clean(text: str) -> str:
 class Row(NamedTuple):
     """A context and endings behind it, and where each token of an ending is predicted."""
 
-    tokens: Tensor  # (T,)
-    positions: Tensor  # (T,) those of every ending go on from the context's
-    parts: Tensor  # (T,) 0 in the context, 1 in the first ending, ...
-    sources: Tensor  # (N,) index in the row that predicts
-    targets: Tensor  # (N,) token to predict
-    endings: Tensor  # (N,) ending it belongs to: 4 * example + 0, 1, 2 or 3
+    tokens: list[int]  # T of them
+    positions: list[int]  # T; those of every ending go on from the context's
+    parts: list[int]  # T; 0 in the context, 1 in the first ending, ...
+    sources: list[int]  # N; index in the row that predicts
+    targets: list[int]  # N; token to predict
+    endings: list[int]  # N; ending it belongs to: 4 * example + 0, 1, 2 or 3
 
 
 def make_row(context: list[int], endings: dict[int, list[int]]) -> Row:
@@ -210,7 +210,7 @@ def make_row(context: list[int], endings: dict[int, list[int]]) -> Row:
         tokens += ending[:-1]
         positions += range(len(context), len(context) + len(ending) - 1)
         parts += [part] * (len(ending) - 1)
-    return Row(*map(torch.tensor, (tokens, positions, parts, sources, targets, numbers)))
+    return Row(tokens, positions, parts, sources, targets, numbers)
 
 
 def make_batches(questions: list[Question], block_size: int, max_tokens: int) -> list[list[Row]]:
@@ -242,23 +242,24 @@ CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 1024, 16384
 HEAD_ROWS = 1024  # logits of so many positions exist at a time: 0.2 GB in float32
 
 
-def token_losses(model: GPT, batch: list[Row], device: torch.device) -> Tensor:
-    """Return the losses (N,) of all predicted tokens of a batch, in float32."""
-    tokens, positions, parts, *_ = zip(*batch, strict=True)
-    tokens = pad_sequence(tokens, batch_first=True).to(device)  # (B, T)
-    positions = pad_sequence(positions, batch_first=True).to(device)  # (B, T)
-    parts = pad_sequence(parts, batch_first=True, padding_value=-1).to(device)  # (B, T)
+def token_losses(model: GPT, batch: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the loss of every predicted token of a batch, and the ending it is of: (N,) each."""
+    columns = [[torch.tensor(values) for values in column] for column in zip(*batch, strict=True)]
+    tokens, positions, parts = (
+        pad_sequence(column, batch_first=True, padding_value=pad).to(device)
+        for column, pad in zip(columns[:3], (0, 0, -1), strict=True)
+    )  # (B, T)
+    columns[3] = [sources + i * tokens.size(1) for i, sources in enumerate(columns[3])]
+    sources, targets, endings = (torch.cat(column).to(device) for column in columns[3:])  # (N,)
     # Causal, and of the other parts only the context. Padding too sees the context: a query that
     # sees nothing would be NaN.
     mask = ((parts[:, None] == 0) | (parts[:, None] == parts[:, :, None])).tril()  # (B, T, T)
     x = model.hidden(tokens, positions, mask[:, None]).flatten(0, 1)  # (B*T, C)
-    sources = torch.cat([row.sources + i * tokens.size(1) for i, row in enumerate(batch)])
-    targets = torch.cat([row.targets for row in batch]).to(device)
-    x, losses = x[sources.to(device)], []  # (N, C)
+    x, losses = x[sources], []  # (N, C)
     for part, y in zip(x.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
         logits = model.lm_head(part)[:, : model.config.vocab_size].float()  # less the padded ids
         losses.append(F.cross_entropy(logits, y, reduction="none"))
-    return torch.cat(losses)
+    return torch.cat(losses), endings
 
 
 @torch.no_grad()
@@ -283,8 +284,8 @@ def ending_losses(model: GPT, questions: Questions, machine: Machine) -> Tensor:
     # a compiled model would be compiled anew for the shape of every batch
     with machine.autocast, torch.compiler.set_stance("force_eager"):
         for batch in tqdm(batches, desc="HellaSwag", leave=False, disable=hidden):
-            endings = torch.cat([row.endings for row in batch]).to(device)
-            losses.index_add_(0, endings, token_losses(model, batch, device).to(dtype))
+            of_tokens, endings = token_losses(model, batch, device)
+            losses.index_add_(0, endings, of_tokens.to(dtype))
     model.train(training)
     if machine.world_size > 1:
         dist.all_reduce(losses)

@@ -478,6 +478,30 @@ def test_twice_as_fast_as_the_plain_way(data, dtype):
 
 
 @pytest.mark.slow
+def test_harness_tokens_are_those_of_lm_eval(data):
+    """All 10,042 examples: the same context, the same four endings, the same lengths."""
+    utils = pytest.importorskip("lm_eval.tasks.hellaswag.utils")
+    from lm_eval.api.model import TemplateLM
+
+    class Encoder:
+        backend = "causal"
+
+        def tok_encode(self, text):
+            return get_tokenizer().encode_ordinary(text)
+
+    lines = real_lines(10042)
+    data.write_text("\n".join(lines))
+    items = hellaswag.load_questions(data, "harness").items
+    for line, (context, endings, lengths, _) in zip(lines, items, strict=True):
+        doc = json.loads(line)
+        query = f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}"
+        query, texts = utils.preprocess(query), [utils.preprocess(e) for e in doc["endings"]]
+        theirs = [TemplateLM._encode_pair(Encoder(), query, " " + text) for text in texts]
+        assert theirs == [(context, ending) for ending in endings], doc
+        assert [len(text) for text in texts] == lengths
+
+
+@pytest.mark.slow
 def test_harness_agrees_with_lm_eval(data, monkeypatch):
     """Same predictions, and log-likelihoods within 1e-3, on 400 examples drawn at random.
 
