@@ -21,6 +21,7 @@ import hashlib
 import io
 import itertools
 import json
+import mmap
 import os
 import re
 import shutil
@@ -937,6 +938,8 @@ def read_shard(path: Path) -> np.ndarray:
             raise ValueError(f"{tokens.ndim}-dimensional {tokens.dtype}, not a row of uint16")
         if tokens.nbytes + tokens.offset != path.stat().st_size:
             raise ValueError("its length is not what its header says")
+        if hasattr(mmap, "MADV_RANDOM"):  # a window is a page or two: no megabytes ahead of it
+            tokens.base.madvise(mmap.MADV_RANDOM)
     except FileNotFoundError:
         raise
     except Exception as error:  # numpy raises many kinds on a damaged header
