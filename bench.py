@@ -71,20 +71,20 @@ def ugly_dimensions(config: "GPTConfig", micro_batch_size: int) -> list[str]:
     ]
 
 
-def choose_compile(setting: str, device: torch.device) -> tuple[bool, str]:
-    """Return whether to compile and, where that is not to be had, what is missing."""
+def choose_compile(setting: str, device: torch.device) -> tuple[bool, list[str]]:
+    """Return whether to compile and, where that is not to be had, a note of what is missing."""
     if setting == "off" or (setting == "auto" and device.type == "mps"):
-        return False, ""
+        return False, []
     missing = ""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         missing = "Triton is not installed"
-    if device.type == "cpu" and sys.platform != "linux":
+    elif device.type == "cpu" and sys.platform != "linux":
         missing = "on a CPU it was tried on Linux only"
     elif device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         missing = "there is no C++ compiler (g++)"
     elif device.type == "cpu" and not Path(sysconfig.get_path("include"), "Python.h").exists():
         missing = "Python's headers (python3-dev) are not installed"
-    return not missing or setting == "on", missing
+    return not missing or setting == "on", [f"torch.compile: {missing}"] if missing else []
 
 
 def choose_micro_batch_size(

@@ -312,6 +312,23 @@ def score(model: GPT, questions: Questions, machine: Machine) -> dict[str, Any]:
     return summarize(questions, ending_losses(model, questions, machine))
 
 
+def questions_for_training(machine: Machine) -> Questions | None:
+    """Return the questions in completion style; None, said once, where they are not to be had.
+
+    Rank 0 alone downloads them, the others wait.
+    """
+    missing = False
+    if machine.is_main:
+        try:
+            ensure_data()
+        except OSError as error:
+            missing = True
+            machine.print(f"note: no HellaSwag in this run: {error}")
+    if machine.sum(missing):
+        return None
+    return load_questions(ensure_data(), "completion")
+
+
 # -----------------------------------------------------------------------------
 # the command
 

@@ -101,6 +101,11 @@ class RunLog:
                 )
             case "val":
                 return f"step {step}: validation loss {v['loss']:.4f}"
+            case "hellaswag":
+                return (
+                    f"step {step}: HellaSwag ({v['style']}): acc {v['acc']:.4f}, "
+                    f"acc_norm {v['acc_norm']:.4f}"
+                )
             case "sample":
                 return f"step {step}: sample: {v['text']!r}"
             case "skip":

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fineweb import EOT, encode, get_tokenizer, run_command
-from train_gpt2 import GPT, TrainConfig, load_model, set_up_machine
+from train_gpt2 import GPT, Machine, TrainConfig, load_model, set_up_machine
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -224,6 +224,18 @@ def stream_text(model: GPT, prompt: str, **settings: int | float) -> Iterator[li
 
 # -----------------------------------------------------------------------------
 # command
+
+
+def sample_text(model: GPT, seed: int, machine: Machine) -> list[str]:
+    """Return two continuations of a fixed prompt, so that those of a run can be compared."""
+    prompt, training = "Hello, I'm a language model,", model.training
+    ids = encode(prompt).tolist()
+    model.eval()
+    # a compiled model would be compiled anew for every length
+    with machine.autocast, torch.compiler.set_stance("force_eager"):
+        rows = generate(model, ids, num_samples=2, max_new_tokens=32, seed=seed)
+    model.train(training)
+    return [prompt + get_tokenizer().decode(row) for row in rows]
 
 
 def cut_note(model: GPT, prompt: str) -> str:

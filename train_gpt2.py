@@ -139,6 +139,7 @@ class TrainConfig:
     # evaluation: before the first step, every so many steps, and after the last; 0: never
     eval_every: int = 250  # steps between validation losses
     sample_every: int = 250  # steps between text samples
+    hellaswag_every: int | None = None  # steps between HellaSwag scores (250 on CUDA, else 0)
     val_tokens: int | None = None  # tokens of a validation (10485760 on CUDA, else 65536)
     # run
     out_dir: Path = Path("log")  # folder of metrics.jsonl and checkpoints
@@ -629,20 +630,6 @@ def validation_loss(model: GPT, windows: Windows, n: int, B: int, machine: Machi
     return machine.sum(total) / n
 
 
-def sample_text(model: GPT, seed: int, machine: Machine) -> list[str]:
-    """Return two continuations of a fixed prompt, so that samples can be compared over a run."""
-    from fineweb import get_tokenizer
-    from sample import generate
-
-    tokenizer = get_tokenizer()
-    prompt = tokenizer.encode_ordinary("Hello, I'm a language model,")
-    model.eval()
-    with machine.autocast, torch.compiler.set_stance("force_eager"):  # every length is a new shape
-        rows = generate(model, prompt, num_samples=2, max_new_tokens=32, seed=seed)
-    model.train()
-    return [tokenizer.decode(prompt + row) for row in rows]
-
-
 # -----------------------------------------------------------------------------
 # setting up
 
@@ -729,12 +716,15 @@ def train(config: TrainConfig) -> None:
 def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     """Do what `train` says on this machine; return whether the budget is spent."""
     import bench
-    from export import checkpoint_paths, newest_checkpoint, write_checkpoint
+    from export import checkpoint_paths, newest_checkpoint, write_checkpoint, write_huggingface
     from fineweb import fingerprint
+    from hellaswag import questions_for_training, score
     from plot import RunLog
+    from sample import sample_text
 
     # a new run, or the state of one to go on with
     device, out_dir, world_size = machine.device, config.out_dir, machine.world_size
+    cuda = device.type == "cuda"
     holds_a_run = (out_dir / "metrics.jsonl").exists() or checkpoint_paths(out_dir)
     if machine.is_main and holds_a_run and not config.resume:
         raise ValueError(f"{out_dir} holds a run: go on with --resume, or give another --out_dir")
@@ -754,7 +744,7 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
             f"windows of {T} tokens are less than one step of {config.total_batch_size} tokens and "
             "one window: make more data, or lower --total_batch_size or --block_size"
         )
-    val_tokens = config.val_tokens or (10485760 if device.type == "cuda" else 65536)
+    val_tokens = config.val_tokens or (10485760 if cuda else 65536)
     n_val = min(len(val_windows), max(1, val_tokens // T))
 
     # micro-batch, compiler, optimizer, ranks
@@ -791,20 +781,21 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     log = RunLog(out_dir, step, machine.is_main)
     log.write(
         "run", step, config=plain(config), model_config=plain(model.config), n_params=n_params,
-        data=data, device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        data=data, device=torch.cuda.get_device_name(device) if cuda else device.type,
         dtype=str(machine.dtype).removeprefix("torch."), compile=compiling, micro_batch_size=B,
         world_size=world_size, passes=config.budget / (len(train_windows) * T),
     )  # fmt: skip
-    notes = bench.ugly_dimensions(model.config, B) + (
-        [f"not compiled: {missing}"] if missing else []
-    )
-    for note in notes:
+    for note in bench.ugly_dimensions(model.config, B) + missing:
         machine.print(f"note: {note}")
     if config.resume:
         machine.print(f"going on after step {step}" if step else "nothing to resume: a new run")
 
     # what a resumed run has logged at this step already: rank 0 knows, all must agree
-    done = {event for event in ("val", "sample") if machine.sum((event, step) in log.kept)}
+    events = ("val", "hellaswag", "sample")
+    done = {event for event in events if machine.sum((event, step) in log.kept)}
+    gpt2_ids = model.config.vocab_size == 50257  # others are not those of our tokenizer
+    hellaswag_every = {None: 250 if cuda else 0}.get(config.hellaswag_every, config.hellaswag_every)
+    questions = questions_for_training(machine) if hellaswag_every and gpt2_ids else None
 
     batches = micro_batches(train_windows, config, B, machine, step, tokens_seen)
     peak, token_flops = bench.peak_flops(device), bench.flops_per_token(model.config, n_params)
@@ -821,9 +812,12 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
             loss = validation_loss(model, val_windows, n_val, B, machine)
             log.write("val", step, loss=loss)
 
+        # once in a while: does it know how a story goes on?
+        if questions and due(hellaswag_every, "hellaswag"):
+            log.write("hellaswag", step, **score(model, questions, machine))
+
         # once in a while: what does it write?
-        readable = model.config.vocab_size == 50257  # other ids are not those of our tokenizer
-        if machine.is_main and readable and due(config.sample_every, "sample"):
+        if machine.is_main and gpt2_ids and due(config.sample_every, "sample"):
             for text in sample_text(model, config.seed, machine):
                 log.write("sample", step, text=text)
 
@@ -853,6 +847,8 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
                     raise OSError(f"{unsaved} and go on with --resume") from None
         if unsaved:
             machine.print(f"warning: {unsaved}")
+        if last and machine.is_main:
+            write_huggingface(model, out_dir / "hf")
         if last or stopping:
             return last
 
@@ -869,8 +865,8 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
                 machine, stop=bool(signals),
             )  # fmt: skip
         except torch.OutOfMemoryError:
-            smaller = f"--micro_batch_size {B // 2}" if B > 1 else "a smaller model"
-            raise ValueError(f"out of GPU memory in step {step}: --resume with {smaller}") from None
+            smaller = f"--resume with --micro_batch_size {max(1, B // 2)}"
+            raise ValueError(f"out of GPU memory in step {step}: {smaller}") from None
         dt = time.perf_counter() - start
         tokens_seen += batch_tokens
         stopping = result.stop
