@@ -117,24 +117,24 @@ def make_page(name: str, model: GPT) -> "gradio.Blocks":
             stop = gr.Button("Stop", variant="stop", elem_id="stop")
         with gr.Row():
             length = gr.Slider(1, 1000, 200, step=1, label="Length", info="tokens of each sample")
-            samples = gr.Slider(1, MAX_SAMPLES, 1, step=1, label="Samples", info="side by side")
-        with gr.Row():
             temperature = gr.Slider(
                 0, 2, SampleConfig.temperature, step=0.05, label="Temperature",
-                info="0: always the likeliest token",
+                info="0: always the likeliest",
             )  # fmt: skip
             top_k = gr.Slider(
-                0, 500, SampleConfig.top_k, step=1, label="Top-k",
-                info="choose among so many tokens; 0: among all",
-            )  # fmt: skip
+                0, 500, SampleConfig.top_k, step=1, label="Top-k", info="0: among all tokens"
+            )
         with gr.Row():
-            seed = gr.Number(SampleConfig.seed, label="Seed", precision=0, minimum=0)
+            samples = gr.Slider(1, MAX_SAMPLES, 1, step=1, label="Samples", info="made together")
+            seed = gr.Number(
+                SampleConfig.seed, label="Seed", info="of the choices", precision=0, minimum=0
+            )
             int8 = gr.Checkbox(
                 label="8-bit weights", info=f"{smaller} instead of {small}", elem_id="int8"
             )
         with gr.Column(elem_id="samples"):
             boxes = [
-                gr.Textbox(label=f"Sample {i + 1}", lines=7, max_lines=30, visible=i == 0)
+                gr.Textbox(label=f"Sample {i + 1}", lines=6, max_lines=12, visible=i == 0)
                 for i in range(MAX_SAMPLES)
             ]
         inputs = [prompt, length, samples, temperature, top_k, seed, int8]

@@ -127,7 +127,7 @@ def test_a_prompt_outside_the_vocabulary_is_refused(model):
 
 def test_the_seed_and_nothing_else_decides(model):
     def run(seed: int) -> list[list[int]]:
-        torch.manual_seed(seed + 100)  # must not matter
+        torch.seed()  # what the global generator stands at must not matter
         return generate(model, PROMPT, num_samples=3, max_new_tokens=30, seed=seed)
 
     assert run(1) == run(1) != run(2)
