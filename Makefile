@@ -2,14 +2,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-faults lint clean
 
 demo: .venv/.run
 	$(BIN)/python fineweb.py --source pydocs
 	$(BIN)/python train_gpt2.py --preset tiny --data_dir data/pydocs --out_dir log/demo --resume
+	@echo
+	@echo "Trained. Now let it write, with your own beginning:"
+	@echo "  .venv/bin/python sample.py --model log/demo/hf --prompt 'Return the number of'"
+	@echo "or train on your own text:"
+	@echo "  .venv/bin/python fineweb.py --source 'texts/*.txt' --out_dir data/mine"
+	@echo "  .venv/bin/python train_gpt2.py --preset tiny --data_dir data/mine --out_dir log/mine"
 
 test: .venv/.dev
 	$(BIN)/python -m pytest
+
+# The long forms: dozens of kills, ranks that hang. Ten minutes and more.
+test-faults: .venv/.dev
+	$(BIN)/python -m pytest -m "slow or not slow" tests/test_faults.py tests/test_resume.py
+	$(BIN)/python -m pytest -m slow tests/test_fineweb.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

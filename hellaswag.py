@@ -92,7 +92,7 @@ def ensure_data(path: Path | None = None) -> Path:
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise OSError(
-            f"HellaSwag cannot be downloaded to {path} ({reason}): try again, or give --data"
+            f"HellaSwag cannot be downloaded to {path} ({reason}): put the file there, or give --data to hellaswag.py"
         ) from None
     return path
 

@@ -287,9 +287,9 @@ class GPT(nn.Module):
         `positions` (B, T) or (T,), `mask` (True where a query sees a key) and `caches` (one a
         layer) serve scoring and sampling; left out, row t is position t and sees all before it.
         """
-        T = idx.size(1)
-        assert T <= self.config.block_size, f"{T} tokens, block_size {self.config.block_size}"
         if positions is None:
+            T, most = idx.size(1), self.config.block_size
+            assert T <= most, f"{T} tokens, block_size {most}"
             positions = torch.arange(T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for i, block in enumerate(self.transformer.h):
