@@ -49,7 +49,7 @@ class SampleConfig:
 
 
 # -----------------------------------------------------------------------------
-# eight-bit weights
+# weights for reading: in eight bits, or by columns
 
 
 class Int8Linear(nn.Module):
@@ -107,6 +107,18 @@ def quantize(model: GPT) -> GPT:
     mean = embedding.mean(dim=0)
     model.lm_head = Int8Linear(embedding - mean, None)
     model.transformer.wte = Int8Embedding(model.lm_head, mean)
+    return model
+
+
+def by_columns(model: GPT) -> GPT:
+    """Store the matrices of a model by columns, in place; return the model.
+
+    A CPU multiplies one float32 token with them a quarter faster. Rows are better for several
+    tokens at a time, and for bfloat16.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = layer.weight.data.t().contiguous().t()
     return model
 
 
@@ -260,6 +272,8 @@ def sample(config: SampleConfig) -> None:
         model = load_model(config.model, machine.device).to(machine.dtype)
         if config.int8:
             quantize(model)
+        elif machine.device.type == "cpu" and (config.num_samples, config.dtype) == (1, "float32"):
+            by_columns(model)
         if note := cut_note(model, prompt):
             print(note, file=sys.stderr)
         settings = ("num_samples", "max_new_tokens", "temperature", "top_k", "seed")

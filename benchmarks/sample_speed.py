@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from sample import LayerCache, generate, model_bytes, quantize
+from sample import LayerCache, by_columns, generate, model_bytes, quantize
 from train_gpt2 import GPT, GPTConfig, Windows, load_model
 
 PROMPT = list(range(1000, 1032))
@@ -35,30 +35,31 @@ def speed(rounds: int, tokens: int) -> None:
     theirs.load_state_dict(weights, strict=False)
     theirs.tie_weights()
     variants = {
-        "float32": model,
+        "float32": by_columns(copy.deepcopy(model)),
         "bfloat16": copy.deepcopy(model).bfloat16(),
         "int8": quantize(copy.deepcopy(model)),
     }
 
-    def run(name: str) -> tuple[float, list[int]]:
+    def run(name: str, count: int) -> tuple[float, list[int]]:
         start = time.perf_counter()
         if name == "transformers":
             new = theirs.generate(
                 torch.tensor([PROMPT]), attention_mask=torch.ones(1, len(PROMPT)),
-                max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0,
+                max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0,
             )[0, len(PROMPT) :].tolist()  # fmt: skip
         else:
-            (new,) = generate(variants[name], PROMPT, max_new_tokens=tokens, temperature=0)
-        assert len(new) == tokens, f"{name}: {len(new)} tokens"
-        return (time.perf_counter() - start) / tokens, new
+            (new,) = generate(variants[name], PROMPT, max_new_tokens=count, temperature=0)
+        assert len(new) == count, f"{name}: {len(new)} tokens"
+        return time.perf_counter() - start, new
 
     names = ["transformers", *variants]
-    first = {name: run(name)[1] for name in names}  # warms up
+    first = {name: run(name, tokens)[1] for name in names}  # warms up
     print(f"greedy float32 equal to transformers: {first['float32'] == first['transformers']}")
     times = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
-            times[name].append(run(name)[0])
+            read = run(name, 1)[0]  # the prompt, and one token
+            times[name].append((run(name, tokens + 1)[0] - read) / tokens)
     full = model_bytes(model)
     print("variant       best ms/token   median   speed, median of ratios to float32   memory")
     for name in names:

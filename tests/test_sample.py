@@ -15,6 +15,7 @@ from export import write_huggingface
 from fineweb import EOT, get_tokenizer
 from sample import (
     SampleConfig,
+    by_columns,
     choose,
     generate,
     model_bytes,
@@ -56,10 +57,12 @@ def script(monkeypatch):
 # tokens
 
 
-def test_greedy_text_is_that_of_transformers_token_for_token(model, tmp_path):
+@pytest.mark.parametrize("layout", [lambda model: model, by_columns])
+def test_greedy_text_is_that_of_transformers_token_for_token(model, tmp_path, layout):
     transformers = pytest.importorskip("transformers")
     write_huggingface(model, tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    layout(model)
     for prompt in [[1], PROMPT, list(range(15))]:
         new = 16 - len(prompt)
         expected = theirs.generate(
