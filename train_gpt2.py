@@ -349,11 +349,7 @@ def build_model(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
 
 
 def compile_model(model: GPT) -> None:
-    """Compile the model in place, by block: all blocks share one compiled graph.
-
-    As fast on the CPU as one graph of everything, compiled in a fraction of the time whatever the
-    depth, and the gradients of each block are exchanged while the next one is still at work.
-    """
+    """Compile in place, by block: all blocks share one graph, compiled once whatever the depth."""
     for block in model.transformer.h:
         block.compile(dynamic=False)
     model.loss = torch.compile(model.loss, dynamic=False)
@@ -541,10 +537,15 @@ def set_up_machine(config: TrainConfig) -> Iterator[Machine]:
     if kind == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=config.timeout_minutes)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else restarted ranks find dead ones' addresses
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        store=store, rank=rank, world_size=world_size, timeout=timeout,
+    )  # fmt: skip
     try:
-        dtype = choose_dtype(config.dtype, device)
-        yield Machine(device, dtype, dist.get_rank(), dist.get_world_size())
+        yield Machine(device, choose_dtype(config.dtype, device), rank, world_size)
     finally:
         dist.destroy_process_group()
 
@@ -791,8 +792,7 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
         machine.print(f"going on after step {step}" if step else "nothing to resume: a new run")
 
     # what a resumed run has logged at this step already: rank 0 knows, all must agree
-    events = ("val", "hellaswag", "sample")
-    done = {event for event in events if machine.sum((event, step) in log.kept)}
+    done = {e for e in ("val", "hellaswag", "sample") if machine.sum((e, step) in log.kept)}
     gpt2_ids = model.config.vocab_size == 50257  # others are not those of our tokenizer
     hellaswag_every = {None: 250 if cuda else 0}.get(config.hellaswag_every, config.hellaswag_every)
     questions = questions_for_training(machine) if hellaswag_every and gpt2_ids else None
@@ -847,9 +847,9 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
                     raise OSError(f"{unsaved} and go on with --resume") from None
         if unsaved:
             machine.print(f"warning: {unsaved}")
-        if last and machine.is_main:
-            write_huggingface(model, out_dir / "hf")
         if last or stopping:
+            if last and machine.is_main:
+                write_huggingface(model, out_dir / "hf")
             return last
 
         # one step

@@ -76,6 +76,11 @@ def losses(metrics: list[dict]) -> list[tuple]:
     return [(m["step"], m["loss"], m["grad_norm"], m["lr"]) for m in train_lines]
 
 
+def all_files(folder: Path) -> dict[Path, bytes]:
+    """What lies in a folder and below, to show that nothing of it was touched."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def flags(**values) -> list[str]:
     """Turn keyword arguments into command-line flags."""
     words = []

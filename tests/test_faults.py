@@ -18,6 +18,7 @@ import torch
 from conftest import (
     ROOT,
     RUN,
+    all_files,
     command,
     flags,
     losses,
@@ -61,47 +62,39 @@ def workers(process: subprocess.Popen) -> list[int]:
     return sorted(map(int, found.stdout.split()))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(data_dir, tmp_path_factory) -> list[dict]:
-    return run_train(data_dir, tmp_path_factory.mktemp("undisturbed"), **LONG)
-
-
 # -----------------------------------------------------------------------------
 # stopped, killed, damaged
 
 
-def kill_until_finished(data_dir, out_dir, kills: int, seed: int) -> None:
+def kill_until_finished(data_dir, out_dir, kills: int, settings: dict) -> None:
     """Kill -9 the command so many times, each at a random moment, then let it finish."""
-    rng = random.Random(seed)
+    rng = random.Random(kills)
     for kill in range(kills):
-        process = start(data_dir, out_dir, resume=True, **LONG)
+        process = start(data_dir, out_dir, resume=True, **settings)
+        wait_for(process, "parameters on")
         if kill % 2:  # in the middle of writing a checkpoint
-            deadline = time.time() + 60
-            while process.poll() is None and time.time() < deadline:
-                if any(out_dir.glob(".ckpt_*")):
-                    break
+            while process.poll() is None and not any(out_dir.glob(".ckpt_*")):
+                pass
         else:
-            wait_for(process, "parameters on")
             time.sleep(rng.uniform(0, 0.8))
         process.kill()
         process.wait()
-    result = run_command_line(
-        "train_gpt2.py", *flags(**{**RUN, **LONG, "data_dir": data_dir, "out_dir": out_dir}),
-        "--resume",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    process = start(data_dir, out_dir, resume=True, **settings)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output
+    assert "the run is finished" not in output, "it must have been killed in time"
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_it_goes_on_and_logs_every_step_once(
-    data_dir, tmp_path, undisturbed, kills
-):
-    kill_until_finished(data_dir, tmp_path, kills, seed=kills)
-    metrics = read_metrics(tmp_path)
+def test_killed_at_any_moment_it_goes_on_and_logs_every_step_once(data_dir, tmp_path, kills):
+    settings = dict(max_steps=150 * kills, checkpoint_every=3, eval_every=20)
+    undisturbed = run_train(data_dir, tmp_path / "undisturbed", **settings)
+    kill_until_finished(data_dir, tmp_path / "killed", kills, settings)
+    metrics = read_metrics(tmp_path / "killed")
     assert losses(metrics) == losses(undisturbed)
     validations = [(m["step"], m["loss"]) for m in metrics if m["event"] == "val"]
     assert validations == [(m["step"], m["loss"]) for m in undisturbed if m["event"] == "val"]
-    assert not list(tmp_path.glob(".ckpt_*")), "partial files must not pile up"
+    assert not list(tmp_path.glob("killed/.ckpt_*")), "partial files must not pile up"
 
 
 def truncate(data: bytes) -> bytes:
@@ -132,10 +125,10 @@ def test_if_every_checkpoint_is_damaged_nothing_is_deleted(data_dir, tmp_path):
     run_train(data_dir, tmp_path, checkpoint_every=5)
     for path in tmp_path.glob("ckpt_*.pt"):
         path.write_bytes(flip(path.read_bytes()))
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = all_files(tmp_path)
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
         run_train(data_dir, tmp_path, resume=True)
-    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before == all_files(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RUN, SMALL, flags, run_command_line, run_train, write_shards
+from conftest import RUN, SMALL, all_files, flags, run_command_line, run_train, write_shards
 
 from bench import choose_micro_batch_size, flops_per_token, ugly_dimensions
 from train_gpt2 import (
@@ -438,10 +438,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, make_data, changes, exp
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(data_dir, tmp_path):
     run_train(data_dir, tmp_path, max_steps=1)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = all_files(tmp_path)
     with pytest.raises(ValueError, match="--resume"):
         run_train(data_dir, tmp_path, max_steps=1)
-    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before == all_files(tmp_path)
 
 
 def test_the_configuration_fills_in_the_preset_once():
