@@ -1,5 +1,6 @@
 """
-The page in a real browser: chromium and chromedriver, found on the path, and requirements-app.txt.
+The page in a real browser: chromium and chromedriver, found on the path; requirements-app.txt and
+selenium==4.51.0, by pip.
 
     python -m pytest -m slow tests/test_app.py
 """
