@@ -119,7 +119,11 @@ def run_command(config_class: type[Config], run: Callable[[Config], None]) -> No
             raise
         lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()]
         end = next((i for i, line in enumerate(lines) if line.startswith("──") or not line), None)
-        _fail(script, " ".join(lines[1:end]).rstrip(".") + f": see python {script} --help")
+        message = " ".join(lines[1:end])
+        raised = f"Error parsing {config_class.__name__}: "
+        if message.startswith(raised):  # by the configuration, which says what to do
+            _fail(script, message.removeprefix(raised))
+        _fail(script, message.rstrip(".") + f": see python {script} --help")
     except ValueError as error:
         _fail(script, str(error))
     try:

@@ -92,7 +92,8 @@ def ensure_data(path: Path | None = None) -> Path:
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise OSError(
-            f"HellaSwag cannot be downloaded to {path} ({reason}): put the file there, or give --data to hellaswag.py"
+            f"HellaSwag cannot be downloaded to {path} ({reason}): put the file there by hand, "
+            "or name one with --data"
         ) from None
     return path
 
