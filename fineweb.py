@@ -752,6 +752,7 @@ class TokenStream:
 # the folder of shards
 
 MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
+UNFINISHED = ".unfinished"  # ends the temporary name of a file while it is written
 
 
 def say(message: str) -> None:
@@ -788,10 +789,16 @@ def take_lock(folder: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock; leave neither it behind nor, where nothing was written, a new folder."""
+    """Hold the lock; leave neither it behind nor, where nothing was written, a new folder.
+
+    What a killed run was just writing is removed: nobody else can be writing it now.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with take_lock(folder):
+            for leftover in folder.glob(f".*{UNFINISHED}"):
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
             try:
                 yield
             finally:
@@ -806,7 +813,7 @@ def locked(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that is either there and whole in the end or not there at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -479,6 +479,8 @@ def test_disk_full_in_a_shard_keeps_the_ones_before(corpus, tmp_path):
     assert not folder.exists()
     while not interrupt(command(*args), folder, random.Random(4), signal.SIGKILL):
         shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    (folder / ".manifest.partial.json.unfinished").touch()  # what a kill may leave
     kept = {name: data for name, data in contents(folder).items() if name.endswith(".npy")}
     assert "cannot be written" in run_badly(*args, **limit)
     assert {p.name: p.read_bytes() for p in shard_paths(folder)} == kept
