@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 from tyro.conf import Positional
 
-from fineweb import EOT, atomic_write, get_tokenizer, run_command
+from fineweb import EOT, get_tokenizer, run_command
+from shards import atomic_write
 from train_gpt2 import GPT, GPTConfig, TrainConfig, load_model, plain
 
 # -----------------------------------------------------------------------------

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fineweb import EOT, encode, run_command, write_atomically
+from fineweb import EOT, encode, run_command
+from shards import write_atomically
 from train_gpt2 import GPT, Machine, TrainConfig, load_model, set_up_machine
 
 # -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fineweb import atomic_write
+from shards import atomic_write
 
 
 def software() -> dict[str, Any]:

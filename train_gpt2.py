@@ -373,7 +373,7 @@ class Windows:
     """
 
     def __init__(self, data_dir: Path, split: str, block_size: int, vocab_size: int):
-        from fineweb import open_shards
+        from shards import open_shards
 
         self.block_size = block_size
         self.shards = open_shards(data_dir, split, vocab_size)  # memory-mapped
@@ -701,7 +701,7 @@ def train(config: TrainConfig) -> None:
 
     Raises ValueError or FileNotFoundError, before the first step, for what the user has to mend.
     """
-    from fineweb import locked
+    from shards import locked
 
     signals = collect_stop_signals()
     with set_up_machine(config) as machine, contextlib.ExitStack() as stack:
@@ -718,10 +718,10 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     """Do what `train` says on this machine; return whether the budget is spent."""
     import bench
     from export import checkpoint_paths, newest_checkpoint, write_checkpoint, write_huggingface
-    from fineweb import fingerprint
     from hellaswag import questions_for_training, score
     from plot import RunLog
     from sample import sample_text
+    from shards import fingerprint
 
     # a new run, or the state of one to go on with
     device, out_dir, world_size = machine.device, config.out_dir, machine.world_size

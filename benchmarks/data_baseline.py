@@ -24,6 +24,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import corpus  # noqa: E402
 import fineweb  # noqa: E402
 
 SHARD_SIZE = 5_000_000
@@ -119,9 +120,9 @@ def main() -> None:
         folder = Path(temporary, "files")
         folder.mkdir()
         size = make_files(args.corpus, folder, args.megabytes) / 1e6
-        source = fineweb.find_files(fineweb.DataConfig(source=f"{folder}/*.parquet"))
-        units = fineweb.source_units(source, 0, 0)
-        texts = [text for unit in units for text in fineweb.unit_texts(source, unit)]
+        source = corpus.find_files(fineweb.DataConfig(source=f"{folder}/*.parquet"))
+        units = corpus.source_units(source, 0, 0)
+        texts = [text for unit in units for text in corpus.unit_texts(source, unit)]
         parts = [texts[i::cores] for i in range(cores)]
         for pair in range(args.pairs):
             outs = Path(temporary, f"plain{pair}"), Path(temporary, f"ours{pair}")

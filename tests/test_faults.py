@@ -30,7 +30,7 @@ from conftest import (
 
 import bench
 from export import read_checkpoint
-from fineweb import open_shards
+from shards import open_shards
 from train_gpt2 import GPT, Machine, load_model
 
 LONG = dict(max_steps=60, checkpoint_every=3, eval_every=20)

@@ -21,7 +21,9 @@ import pyarrow.parquet
 import pytest
 from hub_server import REVISION, HubServer
 
+import corpus
 import fineweb
+import shards
 
 ROOT = Path(__file__).parent.parent
 EOT = 50256
@@ -91,9 +93,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def stream_tokens(source: fineweb.Source, place: tuple[int, int] = (0, 0)) -> np.ndarray:
+def stream_tokens(source: corpus.Source, place: tuple[int, int] = (0, 0)) -> np.ndarray:
     """All tokens of a source from a place on, without worker processes."""
-    units = [u for u in fineweb.source_units(source, *place)]
+    units = [u for u in corpus.source_units(source, *place)]
     documents = [fineweb.tokenize_unit(source, unit)[0] for unit in units]
     shards = fineweb.pack_shards([d for d in documents if d is not None], 1 << 20)
     return np.concatenate([np.empty(0, np.uint16), *shards])
@@ -186,7 +188,7 @@ def test_a_million_blanks_and_half_a_surrogate_pair_do_not_stop_the_tokenizer():
 @pytest.fixture
 def small_units(monkeypatch):
     """Many units from little text."""
-    monkeypatch.setattr(fineweb, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 2000)
 
 
 def write_source(folder: Path, kind: str, texts: list[str]) -> Path:
@@ -210,13 +212,13 @@ def test_every_format_gives_the_same_tokens_from_every_place(
     tmp_path, monkeypatch, small_units, kind, big
 ):
     if big:
-        monkeypatch.setattr(fineweb, "BIG_ROW_GROUP", 2500)
+        monkeypatch.setattr(corpus, "BIG_ROW_GROUP", 2500)
     texts = make_texts(100, words=20)
     path = write_source(tmp_path, kind, texts)
-    source = fineweb.find_files(fineweb.DataConfig(source=str(path)))
+    source = corpus.find_files(fineweb.DataConfig(source=str(path)))
     whole = stream_tokens(source)
     assert np.array_equal(whole, expected_tokens(texts))
-    units = list(fineweb.source_units(source, 0, 0))
+    units = list(corpus.source_units(source, 0, 0))
     assert len(units) > 10
     assert abs(sum(unit.share for unit in units) - 1) < 1e-6
     before = 0
@@ -232,7 +234,7 @@ def test_files_of_all_kinds_are_read_in_sorted_order(tmp_path):
     (tmp_path / "b.txt").write_text(texts[3])
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(texts[4].encode()))
     write_jsonl(tmp_path / "d.jsonl", texts[5:])
-    source = fineweb.find_files(fineweb.DataConfig(source=f"{tmp_path}/*"))
+    source = corpus.find_files(fineweb.DataConfig(source=f"{tmp_path}/*"))
     assert np.array_equal(stream_tokens(source), expected_tokens(texts))
 
 
@@ -250,8 +252,8 @@ def test_pydocs_are_docstrings_of_libraries_without_repeats(tmp_path, monkeypatc
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-    monkeypatch.setattr(fineweb, "PYDOCS_PACKAGES", ())
-    texts = [json.loads(line)["text"] for line in fineweb.read_pydocs().splitlines()]
+    monkeypatch.setattr(corpus, "PYDOCS_PACKAGES", ())
+    texts = [json.loads(line)["text"] for line in corpus.read_pydocs().splitlines()]
     many = [text for text in texts if text.startswith("M")]
     assert sorted(many) == sorted(f"M{i}\n\n\n." for i in range(20))
     assert many != sorted(many)  # shuffled
@@ -277,7 +279,7 @@ def threads(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
+def jsonl(tmp_path_factory) -> Path:
     """Text for about a second's work, and the folder made of it without interruption."""
     folder = tmp_path_factory.mktemp("corpus")
     path = write_jsonl(folder / "text.jsonl", make_texts(1500, words=300))
@@ -289,8 +291,8 @@ def texts_of(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
-def test_shards_and_manifest_are_what_the_design_says(corpus):
-    folder = corpus.parent / "shards"
+def test_shards_and_manifest_are_what_the_design_says(jsonl):
+    folder = jsonl.parent / "shards"
     paths = shard_paths(folder)
     assert [path.name for path in paths[:2]] == [
         "edufineweb_val_000000.npy",
@@ -299,21 +301,21 @@ def test_shards_and_manifest_are_what_the_design_says(corpus):
     assert len(paths) > 20
     assert sorted(contents(folder)) == sorted([p.name for p in paths] + ["manifest.json"])
     assert {len(np.load(path)) for path in paths[:-1]} == {40000}
-    assert np.array_equal(read_shards(folder), expected_tokens(texts_of(corpus)))
+    assert np.array_equal(read_shards(folder), expected_tokens(texts_of(jsonl)))
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["tokens"] == len(read_shards(folder))
     assert [shard["name"] for shard in manifest["shards"]] == [path.name for path in paths]
-    assert str(corpus.parent) not in json.dumps(manifest)
+    assert str(jsonl.parent) not in json.dumps(manifest)
 
 
-def test_number_of_workers_does_not_change_a_byte(corpus, tmp_path):
-    run("--source", corpus, "--out_dir", tmp_path / "o", "--shard_size", 40000, "--num_proc", 3)
-    assert contents(tmp_path / "o") == contents(corpus.parent / "shards")
+def test_number_of_workers_does_not_change_a_byte(jsonl, tmp_path):
+    run("--source", jsonl, "--out_dir", tmp_path / "o", "--shard_size", 40000, "--num_proc", 3)
+    assert contents(tmp_path / "o") == contents(jsonl.parent / "shards")
 
 
-def test_bin_shards_are_llm_cs_and_max_tokens_cuts_them(corpus, tmp_path):
+def test_bin_shards_are_llm_cs_and_max_tokens_cuts_them(jsonl, tmp_path):
     args = "--shard_size", 40000, "--format", "bin", "--max_tokens", 90001
-    run("--source", corpus, "--out_dir", tmp_path, *args)
+    run("--source", jsonl, "--out_dir", tmp_path, *args)
     parts = []
     for path in shard_paths(tmp_path):
         header = np.fromfile(path, "<i4", 256)
@@ -321,7 +323,7 @@ def test_bin_shards_are_llm_cs_and_max_tokens_cuts_them(corpus, tmp_path):
         assert header[:3].tolist() == [20240520, 1, len(parts[-1])]
         assert not header[3:].any()
     assert [len(part) for part in parts] == [40000, 40000, 10001]
-    assert np.array_equal(np.concatenate(parts), read_shards(corpus.parent / "shards")[:90001])
+    assert np.array_equal(np.concatenate(parts), read_shards(jsonl.parent / "shards")[:90001])
 
 
 @pytest.mark.parametrize("shard_size", [100_000_000, "exactly"])
@@ -349,24 +351,24 @@ def test_a_run_stopped_between_the_two_parts_of_a_small_source_comes_out_the_sam
     config = fineweb.DataConfig(source=str(path), out_dir=tmp_path / "o")
     fineweb.tokenize(config)
     whole = contents(config.folder)
-    manifest, _ = fineweb.read_manifest(config.folder)
+    manifest, _ = shards.read_manifest(config.folder)
     del manifest["shards"][1:]
     shard_paths(config.folder)[1].unlink()
     (config.folder / "manifest.json").unlink()
-    fineweb.write_manifest(config.folder, manifest)
+    shards.write_manifest(config.folder, manifest)
     fineweb.tokenize(config)
     assert contents(config.folder) == whole
 
 
-def test_a_finished_folder_is_left_alone_and_other_settings_are_named(corpus):
-    folder = corpus.parent / "shards"
+def test_a_finished_folder_is_left_alone_and_other_settings_are_named(jsonl):
+    folder = jsonl.parent / "shards"
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    result = run("--source", corpus, "--out_dir", folder, "--shard_size", 40000)
+    result = run("--source", jsonl, "--out_dir", folder, "--shard_size", 40000)
     assert "finished" in result.stdout
-    other = corpus.with_name("other.jsonl")
+    other = jsonl.with_name("other.jsonl")
     write_jsonl(other, ["something else"])
     assert "shard_size 40000, not 50000" in run_badly(
-        "--source", corpus, "--out_dir", folder, "--shard_size", 50000
+        "--source", jsonl, "--out_dir", folder, "--shard_size", 50000
     )
     assert "revision" in run_badly("--source", other, "--out_dir", folder, "--shard_size", 40000)
     assert "source local, not pydocs" in run_badly(
@@ -390,10 +392,10 @@ def interrupt(args: list[str], folder: Path, rng: random.Random, how: signal.Sig
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_the_folder_comes_out_byte_identical(corpus, tmp_path, kills):
+def test_killed_at_any_moment_the_folder_comes_out_byte_identical(jsonl, tmp_path, kills):
     rng = random.Random(time.time_ns())
     folder = tmp_path / "o"
-    args = command("--source", corpus, "--out_dir", folder, "--shard_size", 40000)
+    args = command("--source", jsonl, "--out_dir", folder, "--shard_size", 40000)
     stopped = 0
     for i in range(kills):
         recorded = 0
@@ -403,18 +405,16 @@ def test_killed_at_any_moment_the_folder_comes_out_byte_identical(corpus, tmp_pa
         assert recorded in (whole, whole - 1) or not whole  # at most one shard of work is lost
         stopped += interrupt(args, folder, rng, signal.SIGKILL if i % 3 else signal.SIGINT)
         if (folder / "manifest.json").exists():
-            assert contents(folder) == contents(corpus.parent / "shards")
+            assert contents(folder) == contents(jsonl.parent / "shards")
             shutil.rmtree(folder)
     assert stopped
     subprocess.run(args, check=True, capture_output=True)
-    assert contents(folder) == contents(corpus.parent / "shards")
+    assert contents(folder) == contents(jsonl.parent / "shards")
 
 
-def test_workers_do_not_outlive_a_killed_command(corpus, tmp_path):
+def test_workers_do_not_outlive_a_killed_command(jsonl, tmp_path):
     marker = f"--out_dir={tmp_path}/o"
-    process = subprocess.Popen(
-        command("--source", corpus, marker, "--shard_size", 40000), stdout=-3
-    )
+    process = subprocess.Popen(command("--source", jsonl, marker, "--shard_size", 40000), stdout=-3)
     while not shard_paths(tmp_path / "o"):
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -428,7 +428,7 @@ def test_workers_do_not_outlive_a_killed_command(corpus, tmp_path):
 
 
 def test_workers_import_no_torch():
-    with fineweb.worker_pool(1) as pool:
+    with corpus.worker_pool(1) as pool:
         pool.submit(fineweb.encode, "some text").result()
         loaded = pool.submit(eval, "sorted(__import__('sys').modules)").result()
     assert "fineweb" in loaded
@@ -439,9 +439,9 @@ def test_workers_import_no_torch():
 # damage
 
 
-def test_verify_names_damaged_shards_and_the_command_repairs_exactly_those(corpus, tmp_path):
+def test_verify_names_damaged_shards_and_the_command_repairs_exactly_those(jsonl, tmp_path):
     folder = tmp_path / "o"
-    shutil.copytree(corpus.parent / "shards", folder)
+    shutil.copytree(jsonl.parent / "shards", folder)
     whole, paths = contents(folder), shard_paths(folder)
     assert "all whole" in run("--verify", "--out_dir", folder).stdout
     data = bytearray(paths[0].read_bytes())
@@ -461,7 +461,7 @@ def test_verify_names_damaged_shards_and_the_command_repairs_exactly_those(corpu
     assert all(paths[i].name in error for i in (0, 3, 5, 7, 9))
     assert not paths[0].exists()  # training cannot take it for good
     untouched = {path: path.stat().st_mtime_ns for path in paths if path.exists()}
-    output = run("--source", corpus, "--out_dir", folder, "--shard_size", 40000).stdout
+    output = run("--source", jsonl, "--out_dir", folder, "--shard_size", 40000).stdout
     assert output.count("made again") == 5
     assert contents(folder) == whole
     assert all(path.stat().st_mtime_ns == then for path, then in untouched.items())
@@ -471,9 +471,9 @@ def test_verify_needs_a_manifest(tmp_path):
     assert "manifest.json" in run_badly("--verify", "--out_dir", tmp_path)
 
 
-def test_disk_full_in_a_shard_keeps_the_ones_before(corpus, tmp_path):
+def test_disk_full_in_a_shard_keeps_the_ones_before(jsonl, tmp_path):
     folder = tmp_path / "o"
-    args = "--source", corpus, "--out_dir", folder, "--shard_size", 40000
+    args = "--source", jsonl, "--out_dir", folder, "--shard_size", 40000
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))}
     assert "cannot be written" in run_badly(*args, **limit)
     assert not folder.exists()
@@ -486,21 +486,21 @@ def test_disk_full_in_a_shard_keeps_the_ones_before(corpus, tmp_path):
     assert {p.name: p.read_bytes() for p in shard_paths(folder)} == kept
     assert not list(folder.glob(".*"))
     run(*args)
-    assert contents(folder) == contents(corpus.parent / "shards")
+    assert contents(folder) == contents(jsonl.parent / "shards")
 
 
-def test_a_second_process_on_the_folder_refuses(corpus, tmp_path):
-    with fineweb.locked(tmp_path / "o"):
-        assert "in use" in run_badly("--source", corpus, "--out_dir", tmp_path / "o")
+def test_a_second_process_on_the_folder_refuses(jsonl, tmp_path):
+    with shards.locked(tmp_path / "o"):
+        assert "in use" in run_badly("--source", jsonl, "--out_dir", tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
 
-def test_read_only_and_impossible_output_folders(corpus, tmp_path):
-    assert "cannot be written" in run_badly("--source", corpus, "--out_dir", corpus)
+def test_read_only_and_impossible_output_folders(jsonl, tmp_path):
+    assert "cannot be written" in run_badly("--source", jsonl, "--out_dir", jsonl)
     folder = tmp_path / "o"
     folder.mkdir(mode=0o555)
     drop = {"preexec_fn": drop_root_rights} if sys.platform == "linux" else {}
-    assert "cannot be written" in run_badly("--source", corpus, "--out_dir", folder, **drop)
+    assert "cannot be written" in run_badly("--source", jsonl, "--out_dir", folder, **drop)
 
 
 def drop_root_rights() -> None:
@@ -508,9 +508,9 @@ def drop_root_rights() -> None:
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_work(corpus, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused_before_work(jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    config = fineweb.DataConfig(source=str(corpus), out_dir=tmp_path / "o")
+    config = fineweb.DataConfig(source=str(jsonl), out_dir=tmp_path / "o")
     with pytest.raises(OSError, match="too small"):
         fineweb.tokenize(config)
     assert not (tmp_path / "o").exists()

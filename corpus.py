@@ -1,0 +1,503 @@
+"""
+Where the text of fineweb.py comes from: local files, the hub, or the docstrings at hand.
+
+A source is a list of files at a fixed revision. It is cut into units, a run of parquet rows, a
+range of lines or a text file, that any worker process can read by itself.
+"""
+
+import bisect
+import contextlib
+import functools
+import glob
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from shards import say
+
+if TYPE_CHECKING:
+    from fineweb import DataConfig
+
+# -----------------------------------------------------------------------------
+# a source's files, and the units that they are cut into
+
+UNIT_BYTES = 2 << 20  # of text: 0.15 s of work, so that small sources keep all cores busy
+HUB_UNIT_BYTES = 16 << 20  # a request each: 3,000 for 10BT, what the hub grants in five minutes
+BIG_ROW_GROUP = 64 << 20  # one above this is read by the main process and handed out as lines
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Files in a fixed order at a fixed revision."""
+
+    name: str  # local, pydocs, or hub with data set, configuration and split
+    revision: str  # another one when the text is another
+    files: tuple[tuple[str, int], ...]  # paths, and sizes in bytes
+    text_column: str = "text"
+    dataset: str | None = None  # on the hub
+    retry_minutes: float = 0  # for reads from there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A part of one file: some rows of parquet, else some bytes (of the text, if compressed)."""
+
+    file: int
+    start: int
+    stop: int
+    share: float  # of the file, for the progress bar
+    lines: bytes | None = None  # JSON lines in hand, where workers cannot read from the middle
+
+
+def find_source(config: "DataConfig", manifest: dict[str, Any] | None) -> Source:
+    """Find what to read; from the hub, the revision and files that a manifest has pinned."""
+    if config.source == "pydocs":
+        return find_pydocs()
+    if config.source != "hub":
+        return find_files(config)
+    name = " ".join(["hub", config.dataset, config.config_name or "(default)", config.split])
+    if manifest and manifest["source"] == name:
+        revision, files = manifest["revision"], manifest["files"]
+    else:
+        revision, files = retry(lambda: find_dataset(config), config.retry_minutes)
+    return Source(
+        name=name,
+        revision=revision,
+        files=tuple((path, size) for path, size in files),
+        text_column=config.text_column,
+        dataset=config.dataset,
+    )
+
+
+def find_files(config: "DataConfig") -> Source:
+    """Find the files of `--source PATH`, in sorted order."""
+    fingerprint, files = hashlib.sha256(), []
+    for path in sorted(glob.glob(config.source, recursive=True)) or [config.source]:
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder: name its files, as in '{path}/*.parquet'")
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such file: check --source")
+        with open(path, "rb") as file:  # size and both ends: few changes leave all of them alike
+            size = os.fstat(file.fileno()).st_size
+            fingerprint.update(f"{Path(path).name} {size}\n".encode() + file.read(1 << 16))
+            file.seek(max(0, size - (1 << 16)))
+            fingerprint.update(file.read())
+        files.append((path, size))
+    revision, column = fingerprint.hexdigest(), config.text_column
+    return Source(name="local", revision=revision, files=tuple(files), text_column=column)
+
+
+def file_kind(path: str) -> tuple[str, str | None]:
+    """Return how to read a file, parquet, json or txt, and its compression."""
+    match = re.search(r"\.(parquet|json|txt)l?(\.gz|\.zst)?$", path.lower())
+    if not match or match[0].startswith(".parquet."):
+        raise ValueError(f"{path} is not .parquet, .jsonl or .txt (or .gz, .zst): convert it")
+    return match[1], COMPRESSIONS.get(match[2])
+
+
+def open_file(source: Source, file: int) -> BinaryIO:
+    """Open a file of the source, wherever it is."""
+    if source.name == "pydocs":
+        return io.BytesIO(read_pydocs())
+    if source.dataset:
+        return io.BufferedReader(HubFile(source, file))
+    return open(source.files[file][0], "rb")
+
+
+def uncompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
+    import pyarrow
+
+    return pyarrow.input_stream(raw, compression=compression) if compression else raw
+
+
+@contextlib.contextmanager
+def blame(path: str) -> Iterator[None]:
+    """Put the name of the file before what is wrong with it."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError):
+        raise
+    except (ValueError, OSError) as error:  # pyarrow's errors are all one or the other
+        what = error if type(error) is ValueError else f"cannot be read ({error}): is it whole?"
+        raise ValueError(f"{path} {what}") from None
+
+
+def source_units(source: Source, file: int, start: int) -> Iterator[Unit]:
+    """Cut the source into units, from a place on where one starts."""
+    for at, (path, size) in enumerate(source.files[file:], file):
+        kind, compression = file_kind(path)
+        with blame(path):
+            if kind == "parquet":
+                yield from open_parquet(source, at).units(start)
+            elif kind == "txt":
+                yield Unit(file=at, start=0, stop=size, share=1)
+            elif compression or source.name == "pydocs":
+                yield from stream_units(source, at, start)
+            else:
+                step = HUB_UNIT_BYTES if source.dataset else UNIT_BYTES
+                for begin in range(start, size, step):
+                    stop = min(size, begin + step)
+                    yield Unit(file=at, start=begin, stop=stop, share=(stop - begin) / size)
+        start = 0
+
+
+def stream_units(source: Source, file: int, start: int) -> Iterator[Unit]:
+    """Cut JSON lines that can only be read from the beginning into blocks of whole lines."""
+    with open_file(source, file) as raw:
+        size, seen, rest = raw.seek(0, os.SEEK_END), raw.seek(0), b""
+        text = uncompressed(raw, file_kind(source.files[file][0])[1])
+        for skipped in range(0, start, UNIT_BYTES):
+            text.read(min(UNIT_BYTES, start - skipped))
+        while block := text.read(UNIT_BYTES) or (rest and b"\n"):
+            whole, newline, rest = (rest + block).rpartition(b"\n")
+            if newline:
+                share, seen = (raw.tell() - seen) / size, raw.tell()
+                stop = start + len(whole) + 1
+                yield Unit(file=file, start=start, stop=stop, share=share, lines=whole + newline)
+                start = stop
+
+
+def unit_texts(source: Source, unit: Unit) -> Iterator[str | None]:
+    """Yield the texts of a unit, None for a row or file that has none."""
+    kind, compression = file_kind(source.files[unit.file][0])
+    if kind == "parquet" and unit.lines is None:
+        yield from open_parquet(source, unit.file).texts(unit.start, unit.stop)
+    elif kind == "txt":
+        with open_file(source, unit.file) as raw:
+            data = uncompressed(raw, compression).read()
+        if b"\0" in data:
+            raise ValueError(f"is no text file (byte {data.index(0)} is 0): leave it out")
+        try:
+            yield data.decode() or None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"is not UTF-8 at byte {error.start}: convert it with iconv") from None
+    else:
+        with io.BytesIO(unit.lines) if unit.lines else open_file(source, unit.file) as file:
+            yield from json_texts(file, source.text_column, unit)
+
+
+def json_texts(file: BinaryIO, field: str, unit: Unit) -> Iterator[str | None]:
+    """Yield the text of each JSON line that starts in the unit."""
+    at = unit.start
+    if unit.lines is None:
+        if isinstance(file, io.BufferedReader) and isinstance(file.raw, HubFile):
+            file.raw.fetch(max(0, at - 1), unit.stop + (1 << 16))  # most last lines end there
+        if at:  # a line across the start belongs to the unit before
+            file.seek(at - 1)
+            at += len(file.readline()) - 1
+    while (unit.lines or at < unit.stop) and (line := file.readline()):
+        try:
+            row = json.loads(line) if line.strip() else {field: None}
+        except UnicodeDecodeError:
+            raise ValueError(f"line at byte {at} is not UTF-8: convert the file") from None
+        except ValueError:
+            raise ValueError(f"line at byte {at} is cut off or no JSON: repair it") from None
+        if not isinstance(row, dict) or not isinstance(row.get(field, 0), str | None):
+            fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            hint = f"--text_column is one of {fields}"
+            raise ValueError(f"line at byte {at} has no text in field {field}: {hint}")
+        yield row[field]
+        at += len(line)
+
+
+class ParquetText:
+    """The text column of a parquet file, by rows."""
+
+    def __init__(self, source: Source, file: int):
+        import pyarrow.parquet
+
+        self.source, self.number, self.raw = source, file, open_file(source, file)
+        self.file = pyarrow.parquet.ParquetFile(self.raw, buffer_size=1 << 20)
+        schema, name = self.file.schema_arrow, source.text_column
+        if name not in schema.names:
+            columns = ", ".join(schema.names)
+            raise ValueError(f"has no column {name}: --text_column is one of {columns}")
+        if str(kind := schema.field(name).type) not in ("string", "large_string"):
+            raise ValueError(f"has {kind}, not text, in column {name}: see --text_column")
+        leaves = [self.file.schema.column(i).path for i in range(len(self.file.schema))]
+        groups = [self.file.metadata.row_group(i) for i in range(self.file.num_row_groups)]
+        self.chunks = [group.column(leaves.index(name)) for group in groups]
+        self.first_rows = list(itertools.accumulate((g.num_rows for g in groups), initial=0))
+
+    def texts(self, start: int, stop: int) -> Iterator[str | None]:
+        """Yield the texts of rows start to stop."""
+        groups = range(self.group_of(start), bisect.bisect_left(self.first_rows, stop))
+        row = self.first_rows[groups[0]]
+        if self.source.dataset:
+            first, last = self.chunks[groups[0]], self.chunks[groups[-1]]
+            begin, end = (c.dictionary_page_offset or c.data_page_offset for c in (first, last))
+            if (end := end + last.total_compressed_size) - begin < BIG_ROW_GROUP:
+                self.raw.raw.fetch(begin, end)  # other columns come along; most bytes are text
+        for batch in self.file.iter_batches(256, groups, [self.source.text_column]):
+            rows = batch.column(0)[max(0, start - row) : max(0, stop - row)]
+            row += len(batch)
+            yield from rows.to_pylist()
+
+    def group_of(self, row: int) -> int:
+        return bisect.bisect_right(self.first_rows, row) - 1
+
+    def units(self, start: int) -> Iterator[Unit]:
+        """Cut the rows from start on into runs of row groups, and too big groups into lines."""
+        limit = HUB_UNIT_BYTES if self.source.dataset else UNIT_BYTES
+        rows, held = self.first_rows[-1], 0
+
+        def unit(stop: int, lines: bytes | None = None) -> Unit:
+            share = (stop - start) / rows
+            return Unit(file=self.number, start=start, stop=stop, share=share, lines=lines)
+
+        for group in range(self.group_of(start), len(self.chunks)):
+            first, stop = self.first_rows[group : group + 2]
+            size = self.chunks[group].total_uncompressed_size
+            if start < first and held + size > limit:
+                yield unit(first)
+                start, held = first, 0
+            held += size
+            lines, big = bytearray(), size > BIG_ROW_GROUP
+            for row, text in enumerate(self.texts(start, stop) if big else (), start + 1):
+                lines += json.dumps({self.source.text_column: text}).encode() + b"\n"
+                if len(lines) > UNIT_BYTES or row == stop:
+                    yield unit(row, bytes(lines))
+                    start, held, lines = row, 0, bytearray()
+        if start < rows:
+            yield unit(rows)
+
+
+open_parquet = functools.lru_cache(maxsize=1)(ParquetText)  # a worker stays in a file for long
+
+
+# -----------------------------------------------------------------------------
+# the hub
+
+READ_AHEAD = 8 << 20  # bytes, where a file is read in turn
+
+
+class HubFile(io.RawIOBase):
+    """A file on the hub, read by byte ranges: nothing is kept on disk."""
+
+    def __init__(self, source: Source, file: int):
+        self.source, (self.path, self.size) = source, source.files[file]
+        self.at, self.begin, self.data = 0, 0, b""
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def readinto(self, buffer: memoryview) -> int:
+        stop = min(self.size, self.at + len(buffer))
+        if not self.begin <= self.at <= stop <= self.begin + len(self.data):
+            self.fetch(self.at, max(stop, self.at + READ_AHEAD))
+        data = self.data[self.at - self.begin : stop - self.begin]
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+    def fetch(self, begin: int, stop: int) -> None:
+        """Get some bytes in one request, for the reads that follow."""
+        self.begin, self.data = begin, b""
+        if begin < (stop := min(stop, self.size)):
+            self.data = retry(lambda: self.request(begin, stop), self.source.retry_minutes)
+
+    def request(self, begin: int, stop: int) -> bytes:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT  # 10 s without a byte
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        source, data = self.source, b""
+        url = hf_hub_url(source.dataset, self.path, repo_type="dataset", revision=source.revision)
+        headers = {**build_hf_headers(), "Range": f"bytes={begin}-{stop - 1}"}
+        stream = functools.partial(get_session().stream, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
+        with hub_errors(), stream("GET", url, headers=headers) as response:
+            hf_raise_for_status(response)
+            if response.status_code == 206:
+                data = response.read()
+        if len(data) != stop - begin:
+            raise ConnectionError(
+                f"the hub sent {len(data)} of {stop - begin} bytes of {self.path}"
+            )
+        return data
+
+
+@contextlib.contextmanager
+def hub_errors() -> Iterator[None]:
+    """Turn what the hub's client raises into ConnectionError, if trying again may help."""
+    import httpx2
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        hint = "unset it, or give files that you have with --source"
+        raise ValueError(f"HF_HUB_OFFLINE keeps fineweb.py from the hub: {hint}") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (408, 429) or status >= 500:
+            raise ConnectionError(f"the hub answers {status}") from None
+        raise ValueError(f"{error}: check --dataset, or set HF_TOKEN") from None
+    except RuntimeError as error:  # data sets that are a program
+        raise ValueError(f"{error}: choose another --dataset") from None
+    except (httpx2.TransportError, LocalEntryNotFoundError, json.JSONDecodeError) as error:
+        what = str(error) or type(error).__name__
+        raise ConnectionError(f"the hub does not answer ({what})") from None
+
+
+def find_dataset(config: "DataConfig") -> tuple[str, list[tuple[str, int]]]:
+    """Return the data set's revision, and the paths and sizes of the files of name and split."""
+    import datasets
+    import httpx2
+    from huggingface_hub import HfApi, get_session, set_client_factory
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+
+    settings = {"event_hooks": get_session().event_hooks, "follow_redirects": True}
+    set_client_factory(lambda: httpx2.Client(**settings, timeout=HF_HUB_DOWNLOAD_TIMEOUT))
+    datasets.disable_progress_bars()
+    with hub_errors():
+        revision = HfApi().dataset_info(config.dataset).sha
+        builder = datasets.load_dataset_builder(
+            config.dataset, config.config_name, revision=revision
+        )
+        splits = builder.config.data_files or {}
+        if config.split not in splits:
+            names = ", ".join(splits)
+            raise ValueError(f"{config.dataset} has no {config.split}: --split is one of {names}")
+        paths = [str(url).split(f"@{revision}/", 1)[1] for url in splits[config.split]]
+        files = HfApi().get_paths_info(
+            config.dataset, paths, revision=revision, repo_type="dataset"
+        )
+    sizes = {file.path: file.size for file in files}
+    return revision, [(path, sizes[path]) for path in paths]
+
+
+def retry(call: Callable[[], Any], minutes: float) -> Any:
+    """Return call(), trying again with growing pauses while it raises ConnectionError."""
+    give_up, pause = None, 1
+    while True:
+        try:
+            return call()
+        except (ConnectionError, TimeoutError) as error:
+            if not minutes:
+                raise
+            give_up = give_up or time.monotonic() + 60 * minutes
+            if (left := give_up - time.monotonic()) < pause:
+                raise ConnectionError(f"{error}, for {minutes:g} minutes") from None
+            say(f"{error}: trying again in {pause} s, for {left / 60:.0f} minutes more")
+            time.sleep(pause)
+            pause = min(60, 2 * pause)
+
+
+# -----------------------------------------------------------------------------
+# pydocs: the docstrings of the standard library and of this project's own requirements
+
+
+PYDOCS_PACKAGES = ("numpy", "torch", "datasets")  # besides the standard library
+
+
+def find_pydocs() -> Source:
+    """Describe the embedded corpus by the versions that it is read from."""
+    from importlib.metadata import version
+
+    versions = [f"{name} {version(name)}" for name in PYDOCS_PACKAGES]
+    revision = ", ".join([f"python {sys.version.split()[0]}", *versions])
+    files = (("pydocs.jsonl", 1),)  # a file that is only ever in memory
+    return Source(name="pydocs", revision=revision, files=files, text_column="text")
+
+
+def read_pydocs() -> bytes:
+    """Return one JSON line a module: its docstrings of more than three lines, without repeats.
+
+    Modules are found and parsed, never imported, and come in a fixed shuffled order (by the sha256
+    of their names), so that the first tenth of the tokens is a fair sample of all.
+    """
+    import importlib.util
+    import sysconfig
+
+    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    roots += [Path(importlib.util.find_spec(name).origin).parent for name in PYDOCS_PACKAGES]
+    left_out = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages"}
+    modules = {}
+    for root in roots:
+        name = root.name if root is not roots[0] else "python"
+        for path in root.rglob("*.py"):
+            relative = path.relative_to(root)
+            if left_out.isdisjoint(relative.parts):
+                modules[f"{name}/{relative.as_posix()}"] = path
+    names = sorted(modules, key=lambda name: hashlib.sha256(name.encode()).digest())
+    with worker_pool(count_cores()) as pool:
+        found = list(pool.map(docstrings, [modules[name] for name in names], chunksize=32))
+    seen, lines = set(), []
+    for texts in found:
+        fresh = list(dict.fromkeys(text for text in texts if text not in seen))
+        seen.update(fresh)
+        if fresh:
+            lines.append(json.dumps({"text": "\n\n".join(fresh)}) + "\n")
+    return "".join(lines).encode()
+
+
+def docstrings(path: Path) -> list[str]:
+    """Return the docstrings of more than three lines in a Python file, in their order."""
+    import ast
+    import warnings
+
+    warnings.simplefilter("ignore")  # invalid escapes in old modules
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # templates and files for other versions
+        return []
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners)]
+    return [text for text in texts if text and text.count("\n") >= 3]
+
+
+# -----------------------------------------------------------------------------
+# worker processes
+
+
+def count_cores() -> int:
+    """Return the number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def worker_pool(num_proc: int) -> Iterator[Executor]:
+    """Run worker processes, started in the one way that is the same on every system."""
+    import multiprocessing
+
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_proc, spawn, initializer=start_worker)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise OSError("a worker died, as for want of memory: try a lower --num_proc") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker() -> None:
+    """Leave Ctrl-C to the main process, and do not outlive it, not even kill -9."""
+    import multiprocessing
+    import threading
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
