@@ -71,6 +71,18 @@ def ugly_dimensions(config: "GPTConfig", micro_batch_size: int) -> list[str]:
     ]
 
 
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the type of matrix products: bfloat16 where the device is good at it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float16
+    flags = Path("/proc/cpuinfo").read_text().split() if sys.platform == "linux" else []
+    bfloat16 = device.type == "cpu" and {"avx512_bf16", "amx_bf16", "bf16"} & set(flags)
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
 def choose_compile(setting: str, device: torch.device) -> tuple[bool, list[str]]:
     """Return whether to compile and, where that is not to be had, a note of what is missing."""
     if setting == "off" or (setting == "auto" and device.type == "mps"):

@@ -5,6 +5,7 @@ The two forms a model is kept in: our checkpoints, and Hugging Face's folders.
     python export.py DIR ckpt_000000.pt         a checkpoint of a folder, or of a hub name: gpt2
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from tyro.conf import Positional
 
 from fineweb import EOT, get_tokenizer, run_command
 from shards import atomic_write
-from train_gpt2 import GPT, GPTConfig, TrainConfig, load_model, plain
+from train_gpt2 import GPT, MODEL_FIELDS, GPTConfig, TrainConfig, load_model
 
 # -----------------------------------------------------------------------------
 # checkpoints
@@ -74,6 +75,65 @@ def write_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
     partial = path.parent.glob(".ckpt_*")  # of a run that was killed while it wrote
     for old in [*partial, *(checkpoint_paths(path.parent)[keep:] if keep else [])]:
         old.unlink()
+
+
+def build_model(config: GPTConfig, weights: dict[str, torch.Tensor]) -> GPT:
+    """Return a model with these parameters, the tied one once; ValueError names what differs."""
+    wte, wpe = (weights.get(f"transformer.{name}.weight") for name in ("wte", "wpe"))
+    sizes = [(config.padded_vocab_size, config.n_embd), (config.block_size, config.n_embd)]
+    there = [tuple(getattr(w, "shape", ())) for w in (wte, wpe)]
+    if sizes != there or len(weights) != 12 * config.n_layer + 4:  # before memory is taken for it
+        raise ValueError(f"weights of another architecture: wte, wpe are {there}, not {sizes}")
+    model = GPT(config)
+    try:
+        model.load_state_dict({**weights, "lm_head.weight": wte})
+    except RuntimeError as error:
+        raise ValueError(f"weights of another architecture: {error}") from None
+    return model
+
+
+def make_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
+    """Return the model of a checkpoint's state, of given weights, or a fresh one, on the CPU."""
+    torch.manual_seed(config.seed)
+    if state:
+        model = build_model(GPTConfig(**state["model_config"]), state["model"])
+    elif config.init_from:
+        given = load_model(config.init_from)
+        for name in MODEL_FIELDS:
+            asked, has = getattr(config, name), getattr(given.config, name)
+            if asked not in (None, has):
+                raise ValueError(f"{name} {asked}: {config.init_from} has {has}: leave it out")
+        model = GPT(dataclasses.replace(given.config, dropout=config.dropout))
+        model.load_state_dict(given.state_dict())
+    else:
+        model = GPT(config.model_config())
+    return model
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Return a dataclass as a dict of plain types, fit for JSON and for a checkpoint."""
+    values = dataclasses.asdict(config)
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+
+
+RUN_IS = (  # what a run is: a resumed one must agree. What it runs on may change.
+    "seed", "shuffle", "total_batch_size", "batch_ramp_tokens", "batch_ramp_start", "optimizer",
+    "max_lr", "warmup_steps", "schedule", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps",
+    "muon_lr", "muon_momentum", "grad_clip",
+)  # fmt: skip
+
+
+def check_same_run(config: TrainConfig, state: dict[str, Any], data: str) -> None:
+    """Raise ValueError, listing the differences, if a checkpoint is of another run."""
+    pairs = {name: (state["train_config"].get(name), getattr(config, name)) for name in RUN_IS}
+    for name in (*MODEL_FIELDS, "dropout"):
+        if getattr(config, name) is not None:
+            pairs[name] = (state["model_config"][name], getattr(config, name))
+    pairs["data"] = (state["data"], data)
+    differ = [f"{name} was {a}, is now {b}" for name, (a, b) in pairs.items() if a != b]
+    if differ:
+        listed = "; ".join(differ)
+        raise ValueError(f"the checkpoint is of another run ({listed}): give another --out_dir")
 
 
 # -----------------------------------------------------------------------------

@@ -11,7 +11,6 @@ Shapes: B rows (sequences) of a micro-batch, T tokens of a row, C width of the r
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import signal
@@ -123,14 +122,18 @@ class TrainConfig:
     batch_ramp_tokens: int = 0  # grow the batch linearly over so many tokens
     batch_ramp_start: int = 32768  # tokens a step at the start of the ramp, and its granularity
     # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks
     max_steps: int | None = None  # the run's budget is so many steps of total_batch_size
     warmup_steps: int | None = None  # of linear warm-up: 715, or a tenth of max_steps if less
     max_lr: float | None = None  # peak learning rate; a tenth of the preset's with --init_from
+    schedule: Literal["cosine", "linear"] = "cosine"  # after warm-up; linear: down to zero
     min_lr_ratio: float = 0.1  # the cosine ends at this part of max_lr
     weight_decay: float = 0.1  # on tensors of two or more dimensions
     beta1: float = 0.9  # AdamW's decay of the mean of gradients
     beta2: float = 0.95  # AdamW's decay of the mean of squared gradients
     eps: float = 1e-8  # AdamW's guard against division by zero
+    muon_lr: float | None = None  # Muon's peak learning rate, in AdamW's terms (max_lr)
+    muon_momentum: float = 0.95  # Muon's decay of the mean of gradients
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     # precision and device
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products
@@ -162,8 +165,9 @@ class TrainConfig:
             at_least = 1 if name in ("total_batch_size", "max_steps", "micro_batch_size") else 0
             if isinstance(value, int | float) and not at_least <= value < math.inf:
                 raise ValueError(f"{name} {value}: give a number of {at_least} or more")
-        if self.warmup_tokens > self.budget or max(self.beta1, self.beta2) >= 1:
-            raise ValueError("give --warmup_steps up to max_steps, and betas below 1")
+        betas = self.beta1, self.beta2, self.muon_momentum
+        if self.warmup_tokens > self.budget or max(betas) >= 1:
+            raise ValueError("give --warmup_steps up to max_steps, betas and momentum below 1")
         if self.batch_ramp_tokens and self.total_batch_size % max(self.batch_ramp_start, 1):
             raise ValueError(
                 f"batch_ramp_start {self.batch_ramp_start} does not divide total_batch_size "
@@ -319,7 +323,7 @@ def load_model(name_or_path: str | Path | None, device: torch.device | str = "cp
     `gpt2`; None: the newest checkpoint in log/, else `gpt2`. Raises ValueError or
     FileNotFoundError where there is no such model or its file is damaged.
     """
-    from export import checkpoint_paths, read_checkpoint
+    from export import build_model, checkpoint_paths, read_checkpoint, read_huggingface
 
     if name_or_path is None:
         name_or_path = next(iter(checkpoint_paths(Path("log"))), "gpt2")
@@ -327,25 +331,8 @@ def load_model(name_or_path: str | Path | None, device: torch.device | str = "cp
         state = read_checkpoint(Path(name_or_path))
         model = build_model(GPTConfig(**state["model_config"]), state["model"])
     else:
-        from export import read_huggingface
-
         model = read_huggingface(str(name_or_path))
     return model.to(device).eval()
-
-
-def build_model(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
-    """Return a model with these parameters, the tied one once; ValueError names what differs."""
-    wte, wpe = (weights.get(f"transformer.{name}.weight") for name in ("wte", "wpe"))
-    sizes = [(config.padded_vocab_size, config.n_embd), (config.block_size, config.n_embd)]
-    there = [tuple(getattr(w, "shape", ())) for w in (wte, wpe)]
-    if sizes != there or len(weights) != 12 * config.n_layer + 4:  # before memory is taken for it
-        raise ValueError(f"weights of another architecture: wte, wpe are {there}, not {sizes}")
-    model = GPT(config)
-    try:
-        model.load_state_dict({**weights, "lm_head.weight": wte})
-    except RuntimeError as error:
-        raise ValueError(f"weights of another architecture: {error}") from None
-    return model
 
 
 def compile_model(model: GPT) -> None:
@@ -450,16 +437,68 @@ def micro_batches(
 # optimizer, schedule, batch ramp
 
 
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices and leaves biases, gains and other vectors alone."""
+class Muon(torch.optim.Muon):
+    """Muon (Jordan et al., 2024), its work dealt out over the ranks.
+
+    It replaces a matrix's averaged gradient by the nearest orthogonal matrix, scaled to the size
+    of AdamW's updates (Liu et al., 2025, section 2.2). Each rank does so with its own share of the
+    matrices; then all exchange the weights. Up to date is only the owner's momentum.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], config: TrainConfig, machine: "Machine"):
+        self.matrices = sorted(matrices, key=Tensor.numel, reverse=True)  # for equal shares
+        self.machine = machine
+        peak_lr = config.max_lr if config.muon_lr is None else config.muon_lr
+        super().__init__(
+            [{"params": self.matrices, "peak_lr": peak_lr, "logged_as": "muon_lr"}],
+            weight_decay=config.weight_decay,
+            momentum=config.muon_momentum,
+            adjust_lr_fn="match_rms_adamw",
+        )
+
+    def exchange(self, tensors: list[Tensor]) -> None:
+        """Send each tensor from the rank that owns its matrix to all others."""
+        if (n := self.machine.world_size) > 1:
+            for sent in [dist.broadcast(t, i % n, async_op=True) for i, t in enumerate(tensors)]:
+                sent.wait()
+
+    def step(self) -> None:
+        for i, p in enumerate(self.matrices):
+            if i % self.machine.world_size != self.machine.rank:
+                p.grad = None  # torch's Muon passes over it
+        super().step()
+        self.exchange([p.detach() for p in self.matrices])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state with every momentum; all ranks must call it."""
+        for p in self.matrices:
+            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p).detach())
+        self.exchange([self.state[p]["momentum_buffer"] for p in self.matrices])
+        return super().state_dict()
+
+
+def make_optimizers(
+    model: GPT, config: TrainConfig, machine: "Machine"
+) -> dict[str, torch.optim.Optimizer]:
+    """Return AdamW ("optimizer") and, if asked for, "muon" for the matrices inside the blocks.
+
+    AdamW decays matrices and leaves biases, gains and other vectors alone.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
+    optimizers = {}
+    if config.optimizer == "muon":  # the embedding, which is also the head, stays with AdamW
+        inside = {p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2}
+        optimizers["muon"] = Muon([p for p in params if p in inside], config, machine)
+        params = [p for p in params if p not in inside]
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
+    groups = [{**group, "peak_lr": config.max_lr, "logged_as": "lr"} for group in groups]
     # fused: one kernel over all tensors instead of several for each
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.max_lr, betas=betas, eps=config.eps, fused=True)
+    adamw = torch.optim.AdamW(groups, config.max_lr, betas, config.eps, fused=True)
+    return {"optimizer": adamw, **optimizers}
 
 
 def step_batch_tokens(config: TrainConfig, tokens_seen: int) -> int:
@@ -472,17 +511,21 @@ def step_batch_tokens(config: TrainConfig, tokens_seen: int) -> int:
     return min(batch, config.budget - tokens_seen)
 
 
-def learning_rate(config: TrainConfig, tokens_seen: int, batch_tokens: int) -> float:
-    """Return the rate of the step that starts at `tokens_seen`: linear warm-up, then a cosine.
+def learning_rate(
+    config: TrainConfig, tokens_seen: int, batch_tokens: int, peak_lr: float
+) -> float:
+    """Return the rate of the step that starts at `tokens_seen`: linear warm-up, then down.
 
     Warm-up counts the tokens seen once the step is done, so that the first step is not idle.
     """
     warmup = config.warmup_tokens
     if tokens_seen < warmup:
-        return config.max_lr * min(1.0, (tokens_seen + batch_tokens) / warmup)
+        return peak_lr * min(1.0, (tokens_seen + batch_tokens) / warmup)
     progress = (tokens_seen - warmup) / (config.budget - warmup)
+    if config.schedule == "linear":
+        return peak_lr * (1 - progress)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.max_lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+    return peak_lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
 # -----------------------------------------------------------------------------
@@ -522,6 +565,8 @@ class Machine:
 @contextlib.contextmanager
 def set_up_machine(config: TrainConfig) -> Iterator[Machine]:
     """Choose device and precision; under torchrun join the other ranks."""
+    from bench import choose_dtype
+
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind = config.device
     if kind == "auto":
@@ -550,18 +595,6 @@ def set_up_machine(config: TrainConfig) -> Iterator[Machine]:
         dist.destroy_process_group()
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the type of matrix products: bfloat16 where the device is good at it."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if ampere else torch.float16
-    flags = Path("/proc/cpuinfo").read_text().split() if sys.platform == "linux" else []
-    bfloat16 = device.type == "cpu" and {"avx512_bf16", "amx_bf16", "bf16"} & set(flags)
-    return torch.bfloat16 if bfloat16 else torch.float32
-
-
 # -----------------------------------------------------------------------------
 # one step, and evaluation
 
@@ -576,7 +609,7 @@ class StepResult(NamedTuple):
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: dict[str, torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
     micro_batches: Iterator[tuple[Tensor, Tensor]],
     grad_accum_steps: int,
@@ -601,17 +634,18 @@ def train_step(
             loss = model(x, y) / grad_accum_steps
         report[0] += loss.detach()
         scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    for optimizer in optimizers.values():
+        scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     if machine.world_size > 1:
         dist.all_reduce(report)
     loss_sum, stops, norm = torch.cat([report, norm.view(1)]).tolist()
     applied = math.isfinite(loss_sum) and math.isfinite(norm)
-    if applied:
-        scaler.step(optimizer)
+    for optimizer in optimizers.values():
+        if applied:
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
     return StepResult(loss_sum / machine.world_size, norm, applied, stops > 0, data_wait)
 
 
@@ -633,49 +667,6 @@ def validation_loss(model: GPT, windows: Windows, n: int, B: int, machine: Machi
 
 # -----------------------------------------------------------------------------
 # setting up
-
-
-def make_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
-    """Return the model of a checkpoint's state, of given weights, or a fresh one, on the CPU."""
-    torch.manual_seed(config.seed)
-    if state:
-        model = build_model(GPTConfig(**state["model_config"]), state["model"])
-    elif config.init_from:
-        given = load_model(config.init_from)
-        for name in MODEL_FIELDS:
-            asked, has = getattr(config, name), getattr(given.config, name)
-            if asked not in (None, has):
-                raise ValueError(f"{name} {asked}: {config.init_from} has {has}: leave it out")
-        model = GPT(dataclasses.replace(given.config, dropout=config.dropout))
-        model.load_state_dict(given.state_dict())
-    else:
-        model = GPT(config.model_config())
-    return model
-
-
-RUN_IS = (  # what a run is: a resumed one must agree. What it runs on may change.
-    "seed", "shuffle", "total_batch_size", "batch_ramp_tokens", "batch_ramp_start", "max_lr",
-    "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps", "grad_clip",
-)  # fmt: skip
-
-
-def check_same_run(config: TrainConfig, state: dict[str, Any], data: str) -> None:
-    """Raise ValueError, listing the differences, if a checkpoint is of another run."""
-    pairs = {name: (state["train_config"].get(name), getattr(config, name)) for name in RUN_IS}
-    for name in (*MODEL_FIELDS, "dropout"):
-        if getattr(config, name) is not None:
-            pairs[name] = (state["model_config"][name], getattr(config, name))
-    pairs["data"] = (state["data"], data)
-    differ = [f"{name} was {a}, is now {b}" for name, (a, b) in pairs.items() if a != b]
-    if differ:
-        listed = "; ".join(differ)
-        raise ValueError(f"the checkpoint is of another run ({listed}): give another --out_dir")
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """Return a dataclass as a dict of plain types, fit for JSON and for a checkpoint."""
-    values = dataclasses.asdict(config)
-    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
 
 def collect_stop_signals() -> list[int]:
@@ -717,7 +708,7 @@ def train(config: TrainConfig) -> None:
 def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     """Do what `train` says on this machine; return whether the budget is spent."""
     import bench
-    from export import checkpoint_paths, newest_checkpoint, write_checkpoint, write_huggingface
+    import export
     from hellaswag import questions_for_training, score
     from plot import RunLog
     from sample import sample_text
@@ -726,14 +717,14 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     # a new run, or the state of one to go on with
     device, out_dir, world_size = machine.device, config.out_dir, machine.world_size
     cuda = device.type == "cuda"
-    holds_a_run = (out_dir / "metrics.jsonl").exists() or checkpoint_paths(out_dir)
+    holds_a_run = (out_dir / "metrics.jsonl").exists() or export.checkpoint_paths(out_dir)
     if machine.is_main and holds_a_run and not config.resume:
         raise ValueError(f"{out_dir} holds a run: go on with --resume, or give another --out_dir")
-    state = newest_checkpoint(out_dir, machine.print) if config.resume else None
+    state = export.newest_checkpoint(out_dir, machine.print) if config.resume else None
     data = fingerprint(config.data_dir)
     if state:
-        check_same_run(config, state, data)
-    model = make_model(config, state).to(device).train()
+        export.check_same_run(config, state, data)
+    model = export.make_model(config, state).to(device).train()
     T, n_params = model.config.block_size, sum(p.numel() for p in model.parameters())
 
     # data
@@ -755,15 +746,15 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     compiling, missing = bench.choose_compile(config.compile, device)
     if compiling:
         compile_model(model)
-    optimizer = make_optimizer(model, config)
+    optimizers = make_optimizers(model, config, machine)
     scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
     ddp_model: nn.Module = model
     if world_size > 1:
         ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     step = tokens_seen = 0
     if state:
-        groups = optimizer.state_dict()["param_groups"]  # as this machine wants them
-        optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        for name, optimizer in optimizers.items():  # the groups are as configured here
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]["state"]})
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
@@ -781,10 +772,11 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     # the log: metrics.jsonl and the console
     log = RunLog(out_dir, step, machine.is_main)
     log.write(
-        "run", step, config=plain(config), model_config=plain(model.config), n_params=n_params,
-        data=data, device=torch.cuda.get_device_name(device) if cuda else device.type,
-        dtype=str(machine.dtype).removeprefix("torch."), compile=compiling, micro_batch_size=B,
-        world_size=world_size, passes=config.budget / (len(train_windows) * T),
+        "run", step, config=export.plain(config), model_config=export.plain(model.config),
+        n_params=n_params, data=data, micro_batch_size=B, world_size=world_size, compile=compiling,
+        device=torch.cuda.get_device_name(device) if cuda else device.type,
+        dtype=str(machine.dtype).removeprefix("torch."),
+        passes=config.budget / (len(train_windows) * T),
     )  # fmt: skip
     for note in bench.ugly_dimensions(model.config, B) + missing:
         machine.print(f"note: {note}")
@@ -823,22 +815,23 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
 
         # once in a while, and before leaving: keep everything
         saving = last or stopping or (step > first_step and due(config.checkpoint_every, ""))
+        states = {name: o.state_dict() for name, o in optimizers.items()} if saving else {}
         if saving and machine.is_main:
             path = out_dir / f"ckpt_{step:06d}.pt"
             state = dict(
                 model={name: p.detach() for name, p in model.named_parameters()},
-                optimizer=optimizer.state_dict(),
+                **states,
                 scaler=scaler.state_dict(),
                 step=step,
                 windows_seen=tokens_seen // T,
-                model_config=plain(model.config),
-                train_config=plain(config),
+                model_config=export.plain(model.config),
+                train_config=export.plain(config),
                 rng=torch.get_rng_state(),
                 data=data,
             )
             start = time.perf_counter()
             try:
-                write_checkpoint(path, state, config.keep_checkpoints)
+                export.write_checkpoint(path, state, config.keep_checkpoints)
                 unsaved = ""
                 log.write("checkpoint", step, path=str(path), seconds=time.perf_counter() - start)
             except (OSError, RuntimeError) as error:  # disk full: there may be room next time
@@ -849,19 +842,20 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
             machine.print(f"warning: {unsaved}")
         if last or stopping:
             if last and machine.is_main:
-                write_huggingface(model, out_dir / "hf")
+                export.write_huggingface(model, out_dir / "hf")
             return last
 
         # one step
         batch_tokens = step_batch_tokens(config, tokens_seen)
-        lr = learning_rate(config, tokens_seen, batch_tokens)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lrs = {}
+        for group in (g for optimizer in optimizers.values() for g in optimizer.param_groups):
+            lr = learning_rate(config, tokens_seen, batch_tokens, group["peak_lr"])
+            group["lr"] = lrs[group["logged_as"]] = lr
         grad_accum_steps = batch_tokens // (B * T * world_size)
         start = time.perf_counter()
         try:
             result = train_step(
-                ddp_model, optimizer, scaler, batches, grad_accum_steps, config.grad_clip,
+                ddp_model, optimizers, scaler, batches, grad_accum_steps, config.grad_clip,
                 machine, stop=bool(signals),
             )  # fmt: skip
         except torch.OutOfMemoryError:
@@ -873,7 +867,7 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
         if result.applied:
             mfu = batch_tokens / dt * token_flops / (peak * world_size) if peak else None
             log.write(
-                "train", step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, dt=dt,
+                "train", step, loss=result.loss, **lrs, grad_norm=result.grad_norm, dt=dt,
                 batch_tokens=batch_tokens, tokens_seen=tokens_seen, mfu=mfu,
                 tokens_per_sec=batch_tokens / dt, data_wait=result.data_wait,
             )  # fmt: skip

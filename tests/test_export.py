@@ -15,9 +15,16 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import export as export_module
-from export import ExportConfig, export, read_huggingface, write_checkpoint, write_huggingface
+from export import (
+    ExportConfig,
+    export,
+    plain,
+    read_huggingface,
+    write_checkpoint,
+    write_huggingface,
+)  # fmt: skip
 from fineweb import get_tokenizer
-from train_gpt2 import GPT, GPTConfig, load_model, plain
+from train_gpt2 import GPT, GPTConfig, load_model
 
 IDX = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(1))
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, RUN, command, flags, losses, read_metrics, run_train
 
-from train_gpt2 import GPT, GPTConfig, build_model, load_model
+from export import build_model
+from train_gpt2 import GPT, GPTConfig, load_model
 
 
 def final_weights(out_dir, step):
@@ -31,6 +32,8 @@ def assert_same_weights(a, b):
         {"dropout": 0.2},
         {"dtype": "float16"},
         {"dtype": "bfloat16", "shuffle": False},
+        {"optimizer": "muon", "schedule": "linear"},
+        {"optimizer": "muon", "dtype": "float16"},
     ],
     ids=lambda changes: "-".join(changes) or "plain",
 )

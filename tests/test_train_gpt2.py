@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import math
 import os
 import time
@@ -22,7 +23,7 @@ from train_gpt2 import (
     TrainConfig,
     Windows,
     learning_rate,
-    make_optimizer,
+    make_optimizers,
     micro_batches,
     step_batch_tokens,
     train_step,
@@ -83,7 +84,7 @@ def test_gpt2_has_the_published_size_and_decays_matrices_only():
     assert sum(sizes) == 124_475_904
     padding = (50304 - 50257) * 768
     assert sum(sizes) - padding == 124_439_808
-    decayed, undecayed = make_optimizer(model, TrainConfig()).param_groups
+    decayed, undecayed = make_optimizers(model, TrainConfig(), CPU)["optimizer"].param_groups
     assert decayed["weight_decay"] == 0.1 and undecayed["weight_decay"] == 0
     assert (len(decayed["params"]), sum(p.numel() for p in decayed["params"])) == (50, 124_354_560)
     assert (len(undecayed["params"]), sum(p.numel() for p in undecayed["params"])) == (98, 121_344)
@@ -125,9 +126,9 @@ def test_targets_of_minus_one_do_not_count(small_model):
 
 def test_one_batch_is_learnt_by_heart(small_model):
     x, y = torch.randint(0, 300, (2, 4, 16))
-    optimizer = torch.optim.AdamW(small_model.parameters(), lr=1e-2)
+    optimizers = {"optimizer": torch.optim.AdamW(small_model.parameters(), lr=1e-2)}
     for _ in range(100):
-        result = train_step(small_model, optimizer, UNSCALED, iter([(x, y)]), 1, 1.0, CPU)
+        result = train_step(small_model, optimizers, UNSCALED, iter([(x, y)]), 1, 1.0, CPU)
     assert result.loss < 0.1
 
 
@@ -254,7 +255,7 @@ def test_ten_billion_tokens_open_at_once_in_little_memory(tmp_path):
 
 def test_learning_rates_of_the_default_run():
     config, batch = TrainConfig(), 524288
-    rates = [learning_rate(config, step * batch, batch) for step in range(19073)]
+    rates = [learning_rate(config, step * batch, batch, config.max_lr) for step in range(19073)]
     assert rates[0] == pytest.approx(6e-4 / 715)
     assert rates[714] == rates[715] == 6e-4
     assert rates[19072] == pytest.approx(6e-5, rel=1e-3) and min(rates[715:]) > 6e-5
@@ -282,7 +283,54 @@ def test_the_ramp_grows_in_steps_of_its_start_and_spends_exactly_the_budget():
     # linear: half way up the ramp the batch is about half of the way from start to end
     assert step_batch_tokens(config, 1_000_000) == (32768 + (524288 - 32768) // 2) // 32768 * 32768
     # the schedule follows tokens: with the ramp it reaches its peak at the same number of them
-    assert learning_rate(config, config.warmup_tokens, 32768) == config.max_lr
+    assert learning_rate(config, config.warmup_tokens, 32768, config.max_lr) == config.max_lr
+
+
+def test_the_linear_schedule_ends_at_zero():
+    config, batch = TrainConfig(schedule="linear"), 524288
+    rates = [learning_rate(config, step * batch, batch, 6e-4) for step in range(19073)]
+    assert rates[0] == pytest.approx(6e-4 / 715) and rates[714] == rates[715] == 6e-4
+    assert learning_rate(config, config.budget, batch, 6e-4) == 0
+    falls = [a - b for a, b in itertools.pairwise(rates[715:])]
+    assert min(falls) == pytest.approx(max(falls)) == pytest.approx(6e-4 / (19073 - 715))
+
+
+# -----------------------------------------------------------------------------
+# Muon
+
+
+def test_muon_makes_the_updates_of_the_blocks_matrices_orthogonal(small_model):
+    config = TrainConfig(optimizer="muon", max_lr=1e-3, muon_lr=1e-2, weight_decay=0.0)
+    optimizers = make_optimizers(small_model, config, CPU)
+    before = {name: p.detach().clone() for name, p in small_model.named_parameters()}
+    x, y = torch.randint(0, 300, (2, 4, 16))
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"]
+    train_step(small_model, optimizers, UNSCALED, iter([(x, y)]), 1, 1.0, CPU)
+    matrices = 0
+    for name, p in small_model.named_parameters():
+        update = before[name] - p.detach()
+        if ".h." in name and p.dim() == 2:  # most singular values near 1, but for the scale
+            size = torch.linalg.svdvals(update) / (1e-2 * 0.2 * math.sqrt(max(p.shape)))
+            assert 0.7 < size.median() and size.max() < 1.3, name
+            matrices += 1
+        else:  # AdamW's first step goes by the sign of the gradient
+            moved = update[update != 0].abs()
+            assert moved.max().item() == pytest.approx(1e-3, rel=1e-2), name
+    assert matrices == 4 * small_model.config.n_layer
+
+
+def test_with_muon_the_head_stays_with_adamw_and_only_matrices_decay():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    optimizers = make_optimizers(model, TrainConfig(optimizer="muon"), CPU)
+    (muon,) = optimizers["muon"].param_groups
+    decayed, undecayed = optimizers["optimizer"].param_groups
+    assert len(muon["params"]) == 48 and muon["weight_decay"] == 0.1
+    assert {p.shape for p in decayed["params"]} == {(50304, 768), (1024, 768)}
+    assert len(undecayed["params"]) == 98 and undecayed["weight_decay"] == 0
+    assert decayed["peak_lr"] == muon["peak_lr"] == 6e-4  # Muon's where it is not given
 
 
 # -----------------------------------------------------------------------------
@@ -290,8 +338,8 @@ def test_the_ramp_grows_in_steps_of_its_start_and_spends_exactly_the_budget():
 
 
 def flat_weights_after_a_step(model, batches, grad_accum_steps):
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    result = train_step(model, optimizer, UNSCALED, iter(batches), grad_accum_steps, 1.0, CPU)
+    optimizers = {"optimizer": torch.optim.SGD(model.parameters(), lr=1.0)}
+    result = train_step(model, optimizers, UNSCALED, iter(batches), grad_accum_steps, 1.0, CPU)
     return result, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -318,18 +366,18 @@ def test_the_gradient_is_clipped_and_the_norm_before_it_reported(small_model):
 def test_a_float16_step_that_overflows_is_not_applied_and_lowers_the_scale(small_model):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     machine = Machine(torch.device("cpu"), torch.float16)
-    optimizer = torch.optim.AdamW(small_model.parameters(), lr=1e-2)
+    optimizers = {"optimizer": torch.optim.AdamW(small_model.parameters(), lr=1e-2)}
     x, y = torch.randint(0, 300, (2, 4, 16))
     gain = small_model.transformer.ln_f.weight
     before = gain.detach().clone()
     with torch.no_grad():
         small_model.transformer.ln_f.bias[0] = 1e5  # more than float16 holds
-    result = train_step(small_model, optimizer, scaler, iter([(x, y)]), 1, 1.0, machine)
+    result = train_step(small_model, optimizers, scaler, iter([(x, y)]), 1, 1.0, machine)
     assert not result.applied and scaler.get_scale() == 2.0**15
     assert torch.equal(gain, before)
     with torch.no_grad():
         small_model.transformer.ln_f.bias[0] = 0
-    result = train_step(small_model, optimizer, scaler, iter([(x, y)]), 1, 1.0, machine)
+    result = train_step(small_model, optimizers, scaler, iter([(x, y)]), 1, 1.0, machine)
     assert result.applied and result.grad_norm < 100, "the norm must be of unscaled gradients"
     assert not torch.equal(gain, before)
 
