@@ -1,0 +1,109 @@
+"""
+AdamW against Muon, each at its best learning rate, on the bytes of the embedded corpus:
+
+    python benchmarks/optimizers.py 6x256 log/optimizers
+
+Runs the real command for every optimizer and rate, with the same data in the same order, passes
+over runs that are finished, and prints a table. The runs can be drawn with plot.py afterwards.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import corpus  # noqa: E402
+
+RATES = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3, 16e-3), "muon": (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)}
+STEPS, BATCH = 400, 4096
+
+
+def make_data(folder: Path) -> None:
+    """Write the documents of pydocs as bytes, a zero before each: ids below 256."""
+    if (folder / "bytes_train_000001.npy").exists():
+        return
+    folder.mkdir(parents=True)
+    texts = [json.loads(line)["text"] for line in corpus.read_pydocs().splitlines()]
+    tokens = np.frombuffer(b"".join(b"\0" + text.encode() for text in texts), np.uint8)
+    cut = len(tokens) // 10
+    np.save(folder / "bytes_val_000000.npy", tokens[:cut].astype(np.uint16))
+    np.save(folder / "bytes_train_000001.npy", tokens[cut:].astype(np.uint16))
+
+
+def run(folder: Path, size: str, optimizer: str, rate: float, schedule: str, seed: int) -> Path:
+    """Train one model, or go on with it; return its folder."""
+    out_dir = folder / f"{size}-{optimizer}-{rate:g}-{schedule}-{seed}"
+    n_layer, n_embd = size.split("x")
+    settings = {
+        "data_dir": folder / "bytes", "out_dir": out_dir, "vocab_size": 256, "n_layer": n_layer,
+        "n_embd": n_embd, "n_head": int(n_embd) // 64, "block_size": 256, "max_steps": STEPS,
+        "total_batch_size": BATCH, "micro_batch_size": 16, "optimizer": optimizer,
+        "max_lr": rate, "schedule": schedule, "seed": seed, "eval_every": 20,
+        "val_tokens": 262144, "sample_every": 0, "checkpoint_every": 0, "device": "cpu",
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, str(ROOT / "train_gpt2.py"), "--resume", *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return out_dir
+
+
+def curve(out_dir: Path) -> list[tuple[int, float]]:
+    """Return (updates, validation loss) of a run."""
+    events = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
+    return [(e["step"], e["loss"]) for e in events if e["event"] == "val"]
+
+
+def step_time(out_dir: Path) -> float:
+    """Return the median seconds of a step."""
+    events = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
+    return statistics.median(e["dt"] for e in events if e["event"] == "train")
+
+
+def steps_to(points: list[tuple[int, float]], loss: float) -> float | None:
+    """Return the updates after which a curve, straight between its points, is down to `loss`."""
+    for (a, high), (b, low) in itertools.pairwise(points):
+        if low <= loss:
+            return a + (b - a) * (high - loss) / (high - low)
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("size", help="layers x width")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, default=2, help="of the best rates, besides 1337")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    make_data(args.folder / "bytes")
+    best = {}
+    for optimizer, rates in RATES.items():
+        for rate in rates:
+            out_dir = run(args.folder, args.size, optimizer, rate, "cosine", 1337)
+            loss, ms = curve(out_dir)[-1][1], step_time(out_dir) * 1e3
+            print(f"{args.size} {optimizer} {rate:g}: {loss:.4f}, {ms:.0f} ms a step", flush=True)
+            best[optimizer] = min(best.get(optimizer, (9, 0)), (loss, rate))
+    for optimizer, (_, rate) in list(best.items()):
+        out_dir = run(args.folder, args.size, optimizer, rate, "linear", 1337)
+        print(f"{args.size} {optimizer} {rate:g} linear: {curve(out_dir)[-1][1]:.4f}", flush=True)
+        seeds = range(1337, 1338 + args.seeds)
+        dirs = [run(args.folder, args.size, optimizer, rate, "cosine", seed) for seed in seeds]
+        ends = [curve(path)[-1][1] for path in dirs]
+        spread = f"{min(ends):.4f} to {max(ends):.4f}"
+        print(f"{args.size} {optimizer} {rate:g}, seeds {list(seeds)}: {spread}", flush=True)
+        best[optimizer] = statistics.mean(ends), dirs
+    # Muon's steps to the loss that AdamW ends with, both with their schedules for the whole run
+    target = best["adamw"][0]
+    needed = [steps_to(curve(path), target) for path in best["muon"][1]]
+    print(f"{args.size}: Muon reaches AdamW's {target:.4f} after {needed} of {STEPS} steps")
+
+
+if __name__ == "__main__":
+    main()
