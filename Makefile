@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 demo: .venv/.run
 	$(BIN)/python fineweb.py --source pydocs
-	$(BIN)/python train_gpt2.py --preset tiny --data_dir data/pydocs --out_dir log/demo --resume
+	$(BIN)/python train_gpt2.py --preset tiny --optimizer muon --data_dir data/pydocs --out_dir log/demo --resume
 	@echo
 	@echo "Trained. Now let it write, with your own beginning:"
 	@echo "  .venv/bin/python sample.py --model log/demo/hf --prompt 'Return the number of'"

@@ -263,9 +263,7 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.lm_head.weight = (
-            self.transformer.wte.weight
-        )  # tied: one matrix reads and writes tokens
+        self.lm_head.weight = self.transformer.wte.weight  # one matrix reads and writes tokens
         self._init_weights()
 
     def _init_weights(self) -> None:

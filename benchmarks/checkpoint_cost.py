@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from export import checkpoint_paths, write_checkpoint  # noqa: E402
-from train_gpt2 import GPT, GPTConfig  # noqa: E402
+from export import checkpoint_paths, write_checkpoint
+from train_gpt2 import GPT, GPTConfig
 
 
 def plain(path: Path, state: dict) -> None:

@@ -1,10 +1,11 @@
 """
-AdamW against Muon, each at its best learning rate, on the bytes of the embedded corpus:
+AdamW against Muon, each at its best learning rate, on the embedded corpus:
 
-    python benchmarks/optimizers.py 6x256 log/optimizers
+    python benchmarks/optimizers.py 4x128 log/optimizers     # on bytes, 400 steps of 4,096
+    python benchmarks/optimizers.py tiny log/optimizers      # the demo: GPT-2 tokens, 1,000 of 512
 
 Runs the real command for every optimizer and rate, with the same data in the same order, passes
-over runs that are finished, and prints a table. The runs can be drawn with plot.py afterwards.
+over runs that are finished, and prints what it finds. The runs can be drawn with plot.py.
 """
 
 import argparse
@@ -23,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 import corpus  # noqa: E402
 
 RATES = (2e-3, 4e-3, 8e-3, 16e-3)  # more where the best is the first or the last
-STEPS, BATCH = 400, 4096
 
 
 def make_data(folder: Path) -> None:
@@ -41,14 +41,21 @@ def make_data(folder: Path) -> None:
 def run(folder: Path, size: str, optimizer: str, rate: float, schedule: str, seed: int) -> Path:
     """Train one model, or go on with it; return its folder."""
     out_dir = folder / f"{size}-{optimizer}-{rate:g}-{schedule}-{seed}"
-    n_layer, n_embd = size.split("x")
     settings = {
-        "data_dir": folder / "bytes", "out_dir": out_dir, "vocab_size": 256, "n_layer": n_layer,
-        "n_embd": n_embd, "n_head": int(n_embd) // 64, "block_size": 256, "max_steps": STEPS,
-        "total_batch_size": BATCH, "micro_batch_size": 16, "optimizer": optimizer,
-        "max_lr": rate, "schedule": schedule, "seed": seed, "eval_every": 20,
-        "val_tokens": 65536, "sample_every": 0, "checkpoint_every": 0, "device": "cpu",
+        "out_dir": out_dir, "optimizer": optimizer, "max_lr": rate, "schedule": schedule,
+        "seed": seed, "sample_every": 0, "checkpoint_every": 0, "device": "cpu",
     }  # fmt: skip
+    if size == "tiny":
+        settings |= {"preset": "tiny", "data_dir": "data/pydocs", "eval_every": 50}
+        settings |= {"val_tokens": 32768}
+    else:
+        n_layer, n_embd = size.split("x")
+        settings |= {
+            "data_dir": folder / "bytes", "vocab_size": 256, "n_layer": n_layer, "n_embd": n_embd,
+            "n_head": int(n_embd) // 64, "block_size": 256, "max_steps": 400,
+            "total_batch_size": 4096, "micro_batch_size": 16, "eval_every": 20,
+            "val_tokens": 65536,
+        }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, str(ROOT / "train_gpt2.py"), "--resume", *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -77,12 +84,15 @@ def steps_to(points: list[tuple[int, float]], loss: float) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("size", help="layers x width")
+    parser.add_argument("size", help="layers x width, or tiny")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=1, help="of the best rates, besides 1337")
     args = parser.parse_args()
     os.chdir(ROOT)
-    make_data(args.folder / "bytes")
+    if args.size == "tiny":
+        subprocess.run([sys.executable, "fineweb.py", "--source", "pydocs"], check=True)
+    else:
+        make_data(args.folder / "bytes")
     best = {}
     for optimizer in "adamw", "muon":
         rates, losses = list(RATES), {}
@@ -108,7 +118,8 @@ def main() -> None:
     # Muon's steps to the loss that AdamW ends with, both with their schedules for the whole run
     target = best["adamw"][0]
     needed = [steps_to(curve(path), target) for path in best["muon"][1]]
-    print(f"{args.size}: Muon reaches AdamW's {target:.4f} after {needed} of {STEPS} steps")
+    steps = curve(best["adamw"][1][0])[-1][0]
+    print(f"{args.size}: Muon reaches AdamW's {target:.4f} after {needed} of {steps} steps")
 
 
 if __name__ == "__main__":
