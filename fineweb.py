@@ -22,6 +22,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections import deque
@@ -143,6 +144,20 @@ def run_command(config_class: type[Config], run: Callable[[Config], None]) -> No
         run(config)
     except (ValueError, OSError) as error:
         _fail(script, str(error))
+
+
+def collect_stop_signals() -> list[int]:
+    """Return a list that SIGTERM, SIGINT and SIGUSR1 go to; a second one of a kind acts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), note)
+    return received
 
 
 def _fail(script: str, message: str) -> None:

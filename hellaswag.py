@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fineweb import EOT, encode, run_command
 from shards import write_atomically
-from train_gpt2 import GPT, Machine, TrainConfig, load_model, set_up_machine
+from train_gpt2 import GPT, Device, Dtype, Machine, TrainConfig, load_model, set_up_machine
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -48,8 +48,8 @@ class HellaSwagConfig:
     style: Style = "completion"  # harness: text and normalisation of lm-evaluation-harness
     data: Path | None = None  # hellaswag_val.jsonl (downloaded once to the cache folder)
     limit: int | None = None  # score only the first so many examples
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to run
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products
+    device: Device = "auto"  # where to run
+    dtype: Dtype = "auto"  # of matrix products
     out: Path | None = None  # write one JSON line for each example and a last one with the summary
 
     def __post_init__(self) -> None:

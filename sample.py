@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fineweb import EOT, encode, get_tokenizer, run_command
-from train_gpt2 import GPT, Machine, TrainConfig, load_model, set_up_machine
+from train_gpt2 import GPT, Device, Machine, TrainConfig, load_model, set_up_machine
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -37,7 +37,7 @@ class SampleConfig:
     top_k: int = 50  # choose among so many of the likeliest tokens; 0: among all
     seed: int = 42  # of the choices
     int8: bool = False  # weights in 8 bits: a quarter of the memory, and faster on a CPU
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to run
+    device: Device = "auto"  # where to run
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and arithmetic
 
     def __post_init__(self) -> None:

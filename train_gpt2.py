@@ -13,7 +13,6 @@ Shapes: B rows (sequences) of a micro-batch, T tokens of a row, C width of the r
 import contextlib
 import math
 import os
-import signal
 import sys
 import time
 from collections import deque
@@ -65,6 +64,8 @@ PRESETS = {
     "gpt3-6.7b": Preset(32, 4096, 32, 2048, 1.2e-4, 2097152),
     "gpt3-13b": Preset(40, 5120, 40, 2048, 1e-4, 2097152),
 }
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 MODEL_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
@@ -136,9 +137,9 @@ class TrainConfig:
     muon_momentum: float = 0.95  # Muon's decay of the mean of gradients
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     # precision and device
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products
+    dtype: Dtype = "auto"  # of matrix products
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # where to run
+    device: Device = "auto"  # where to run
     # evaluation: before the first step, every so many steps, and after the last; 0: never
     eval_every: int = 250  # steps between validation losses
     sample_every: int = 250  # steps between text samples
@@ -664,24 +665,6 @@ def validation_loss(model: GPT, windows: Windows, n: int, B: int, machine: Machi
 
 
 # -----------------------------------------------------------------------------
-# setting up
-
-
-def collect_stop_signals() -> list[int]:
-    """Return a list that SIGTERM, SIGINT and SIGUSR1 go to; a second one of a kind acts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), note)
-    return received
-
-
-# -----------------------------------------------------------------------------
 # training
 
 
@@ -690,6 +673,7 @@ def train(config: TrainConfig) -> None:
 
     Raises ValueError or FileNotFoundError, before the first step, for what the user has to mend.
     """
+    from fineweb import collect_stop_signals
     from shards import locked
 
     signals = collect_stop_signals()
