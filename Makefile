@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-faults lint clean
+.PHONY: demo test test-faults bench lint clean
 
 demo: .venv/.run
 	$(BIN)/python fineweb.py --source pydocs
@@ -21,6 +21,11 @@ test: .venv/.dev
 test-faults: .venv/.dev
 	$(BIN)/python -m pytest -m "slow or not slow" tests/test_faults.py tests/test_resume.py
 	$(BIN)/python -m pytest -m slow tests/test_fineweb.py
+
+# The optimisation ladder on this machine: see docs/ladder.md. On two CPU cores about half an hour.
+bench: .venv/.run
+	mkdir -p log
+	$(BIN)/python bench.py --out log/ladder.json --plot log/ladder.png
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -368,23 +368,25 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
             for group in optimizer.param_groups:
                 group["fused"] = None  # torch's own choice: a kernel for many tensors, or one each
         scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
-        batches, seconds = token_stream(config, T, B, device), []
+        batches, seconds, cpu_seconds = token_stream(config, T, B, device), [], []
         for _ in range(config.steps + 1):
             if cuda and len(seconds) == 1:
                 torch.cuda.reset_peak_memory_stats()
             ready = list(itertools.islice(batches, accum))
             wait_for(device)
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             result = train_gpt2.train_step(
                 model, optimizer, scaler, iter(ready), accum, train_config.grad_clip, machine
             )
             wait_for(device)
             seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - cpu_start)
         peak = peak_flops(device)
         return {
             "compiled": rung.compile != "no",
             "first_step": seconds[0],
             "seconds": seconds[1:],
+            "cpu_seconds": cpu_seconds[1:],  # of all threads: other work on the machine counts less
             "loss": result.loss,
             "peak_memory": peak_memory(device),
             "micro_batch_size": B,
@@ -463,6 +465,7 @@ def summary(name: str, runs: list[dict] | None, why_not: str) -> dict[str, Any]:
         "micro_batch_size": runs[0]["micro_batch_size"],
         "batch_tokens": runs[0]["batch_tokens"],
         "ms_steps": [s * 1e3 for s in seconds],
+        "cpu_ms_per_step": statistics.median(s for run in runs for s in run["cpu_seconds"]) * 1e3,
     }
 
 
