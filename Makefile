@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-faults lint clean
+.PHONY: demo test test-faults test-dashboards bench lint clean
 
 demo: .venv/.run
 	$(BIN)/python fineweb.py --source pydocs
 	$(BIN)/python train_gpt2.py --preset tiny --optimizer muon --data_dir data/pydocs --out_dir log/demo --resume
+	$(BIN)/python plot.py log/demo
 	@echo
 	@echo "Trained. Now let it write, with your own beginning:"
 	@echo "  .venv/bin/python sample.py --model log/demo/hf --prompt 'Return the number of'"
@@ -21,6 +22,15 @@ test: .venv/.dev
 test-faults: .venv/.dev
 	$(BIN)/python -m pytest -m "slow or not slow" tests/test_faults.py tests/test_resume.py
 	$(BIN)/python -m pytest -m slow tests/test_fineweb.py
+
+test-dashboards: .venv/.dev
+	$(BIN)/python -m pip install -q tensorboard==2.21.0 wandb==0.31.0
+	$(BIN)/python -m pytest tests/test_plot.py
+
+# The optimisation ladder on this machine: see docs/ladder.md. On two CPU cores about half an hour.
+bench: .venv/.run
+	mkdir -p log
+	$(BIN)/python bench.py --out log/ladder.json --plot log/ladder.png
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

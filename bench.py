@@ -1,22 +1,78 @@
 """
-What each speed-up buys, measured.
+What each speed-up buys, measured: docs/ladder.md explains the rungs.
+
+    python bench.py                                     GPT-2 124M on the device at hand
+    python bench.py --preset tiny --block_size 64       a minute or two on two CPU cores
+    python bench.py --out ladder.json --plot ladder.png
+
+Every rung takes the same steps from the same weights on the same tokens, with train_gpt2.py's own
+model, optimizer and step; what is slower than there is a small subclass here. A rung has a process
+of its own, so that memory and compiler start from nothing; the rounds go up and down the ladder.
 """
 
+import dataclasses
 import importlib.util
+import itertools
+import json
 import math
+import multiprocessing
 import os
+import platform
 import re
 import shutil
+import statistics
 import sys
 import sysconfig
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from train_gpt2 import GPT, GPTConfig, Machine, TrainConfig
+import train_gpt2
+from train_gpt2 import GPT, Device, GPTConfig, Machine, TrainConfig
+
+# -----------------------------------------------------------------------------
+# configuration
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Measure what each speed-up buys: the optimisation ladder, on this machine."""
+
+    preset: Literal[tuple(train_gpt2.PRESETS)] = "gpt2"  # size of the model
+    block_size: int | None = None  # context length, in tokens, if not the preset's
+    micro_batch_size: int | None = None  # rows at a time (16 on CUDA, else 2)
+    grad_accum_steps: int | None = None  # micro-batches a step (the preset's batch, or 2 off CUDA)
+    steps: int = 3  # timed steps of a rung in a round, after one that warms up and compiles
+    rounds: int = 2  # how often to go through the ladder
+    device: Device = "auto"  # where to run
+    compile: Literal["auto", "off"] = "auto"  # off: without the rungs that use torch.compile
+    seed: int = 1337  # of weights and tokens
+    out: Path | None = None  # JSON file of the results
+    plot: Path | None = None  # PNG file of a bar chart
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "micro_batch_size", "grad_accum_steps", "steps", "rounds"):
+            if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:
+                raise ValueError(f"{name} {getattr(self, name)}: give a number of 1 or more")
+        for name in ("out", "plot"):
+            path = getattr(self, name)
+            if path and not path.absolute().parent.is_dir():
+                raise ValueError(f"{name} {path}: there is no such folder: make it first")
+
+    def train_config(self) -> TrainConfig:
+        """What train_gpt2.py would be asked for."""
+        given = {name: getattr(self, name) for name in ("preset", "block_size", "device", "seed")}
+        return TrainConfig(**given)
+
 
 # -----------------------------------------------------------------------------
 # what the machine can do
@@ -50,12 +106,12 @@ def peak_flops(device: torch.device) -> float | None:
     return found[0] * 1e12 if found else None
 
 
-def flops_per_token(config: "GPTConfig", n_params: int) -> int:
+def flops_per_token(config: GPTConfig, n_params: int) -> int:
     """Return forward and backward FLOPs a token: 6 a weight, and 12 L C T of attention scores."""
     return 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def ugly_dimensions(config: "GPTConfig", micro_batch_size: int) -> list[str]:
+def ugly_dimensions(config: GPTConfig, micro_batch_size: int) -> list[str]:
     """Name the sizes that fit GPU tiles badly, each with the nice number next to it."""
     sizes = {
         "head size": config.n_embd // config.n_head,
@@ -100,7 +156,7 @@ def choose_compile(setting: str, device: torch.device) -> tuple[bool, list[str]]
 
 
 def choose_micro_batch_size(
-    config: "TrainConfig", T: int, machine: "Machine", off_cuda: int, fits: Callable[[int], bool]
+    config: TrainConfig, T: int, machine: Machine, off_cuda: int, fits: Callable[[int], bool]
 ) -> int:
     """Return the rows of a micro-batch: as asked, else the largest power of two that `fits`.
 
@@ -132,7 +188,7 @@ def choose_micro_batch_size(
     return size
 
 
-def fits_in_memory(model: "GPT", machine: "Machine", rows: int) -> bool:
+def fits_in_memory(model: GPT, machine: Machine, rows: int) -> bool:
     """Try a forward and backward pass beside the optimizer's state; eager, to save compiling."""
     x = torch.zeros(rows, model.config.block_size, dtype=torch.long, device=machine.device)
     fitted = True
@@ -147,3 +203,368 @@ def fits_in_memory(model: "GPT", machine: "Machine", rows: int) -> bool:
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     return fitted
+
+
+# -----------------------------------------------------------------------------
+# the rungs
+
+
+class NaiveAttention(train_gpt2.CausalSelfAttention):
+    """Attention as the formula has it: scores, mask and weights are T x T matrices in memory."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        B, T, C = x.shape
+        # each of q, k, v: (B, nh, T, hs)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(C // self.n_head)  # (B, nh, T, T)
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        y = F.softmax(scores.masked_fill(future, -math.inf), dim=-1) @ v  # (B, nh, T, hs)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class PlainGPT(GPT):
+    """The loss as it is usually written; autocast turns the logits into float32."""
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        logits = self.lm_head(x)  # (B, T, V)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+
+
+class UnpaddedConfig(GPTConfig):
+    """A vocabulary of 50257: an odd number, which no tile size divides."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.vocab_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One way to train the same model."""
+
+    name: str
+    tf32: bool = False
+    autocast: bool = False
+    compile: Literal["no", "whole", "blocks"] = "no"
+    flash: bool = False
+    padded: bool = False
+    fused: bool = False
+    own_model: bool = False  # train_gpt2.GPT itself
+    largest_batch: bool = False  # the micro-batch that train_gpt2.py would choose
+
+
+FIRST = Rung(name="float32, naive attention, vocabulary 50257")
+CHANGES = {  # every rung keeps those below it
+    "TF32": dict(tf32=True),
+    "bfloat16 autocast": dict(autocast=True),
+    "torch.compile": dict(compile="whole"),
+    "flash attention": dict(flash=True),
+    "vocabulary 50304": dict(padded=True),
+    "fused AdamW": dict(fused=True),
+    "compiled by block, loss in one graph": dict(compile="blocks", own_model=True),
+    "largest micro-batch": dict(largest_batch=True),
+}
+RECIPE = "the lecture's recipe"
+
+
+def ladder(facts: dict[str, Any]) -> tuple[list[Rung], dict[str, str]]:
+    """Return the rungs to climb, the recipe last, and why each of the others is left out."""
+    cuda, no_compile = facts["device_type"] == "cuda", facts["no_compile"]
+    why_not = {
+        "TF32": "" if cuda else "a format of NVIDIA GPUs",
+        "bfloat16 autocast": "this device is no faster with it"
+        if facts["dtype"] == "float32"
+        else "",
+        "torch.compile": no_compile,
+        "compiled by block, loss in one graph": no_compile,
+        "largest micro-batch": "" if cuda else "memory is probed on CUDA only",
+    }
+    rungs, left_out = [FIRST], {}
+    for name, change in CHANGES.items():
+        if why_not.get(name):
+            left_out[name] = why_not[name]
+        else:
+            rungs.append(dataclasses.replace(rungs[-1], name=name, **change))
+    compiled = "whole" if cuda and not no_compile else "no"
+    common = dict(tf32=True, autocast=True, flash=True, padded=True, largest_batch=cuda)
+    return [*rungs, Rung(name=RECIPE, compile=compiled, fused=cuda, **common)], left_out
+
+
+def make_rung_model(rung: Rung, config: TrainConfig) -> GPT:
+    """Return the rung's model on the CPU; all rungs have the same weights."""
+    torch.manual_seed(config.seed)
+    weights = GPT(config.model_config()).state_dict()
+    shape = config.model_config() if rung.padded else UnpaddedConfig(**vars(config.model_config()))
+    model = (GPT if rung.own_model else PlainGPT)(shape)
+    if not rung.flash:
+        for block in model.transformer.h:
+            block.attn = NaiveAttention(shape)
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = weights[name][: shape.padded_vocab_size]
+    model.load_state_dict(weights)
+    return model
+
+
+def token_stream(config: BenchConfig, T: int, B: int, device: torch.device) -> Iterator:
+    """Yield inputs and targets (B, T) for ever: ids as frequent as words are (Zipf's law)."""
+    generator = torch.Generator().manual_seed(config.seed)
+    frequency = 1 / torch.arange(1.0, 50258)
+    while True:  # a row at a time: the tokens do not depend on B
+        rows = [torch.multinomial(frequency, T + 1, True, generator=generator) for _ in range(B)]
+        rows = torch.stack(rows).to(device)
+        yield rows[:, :-1], rows[:, 1:]
+
+
+# -----------------------------------------------------------------------------
+# measuring
+
+
+def look_around(config: BenchConfig) -> dict[str, Any]:
+    """Return what the ladder has to know of this machine, and the results are to say of it."""
+    from fineweb import count_cores
+    from plot import software
+
+    with train_gpt2.set_up_machine(config.train_config()) as machine:
+        cuda = machine.device.type == "cuda"
+        compiling, missing = choose_compile(config.compile, machine.device)
+        cpu = platform.processor() or platform.machine()
+        if Path("/proc/cpuinfo").exists():
+            found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+            cpu = found[1] if found else cpu
+        no_compile = "" if compiling else " ".join(missing) or f"--compile {config.compile}"
+        return {
+            "device_type": machine.device.type,
+            "device": torch.cuda.get_device_name(machine.device) if cuda else cpu,
+            "dtype": str(machine.dtype).removeprefix("torch."),
+            "no_compile": no_compile,
+            "cpu": cpu,
+            "cores": count_cores(),
+            "threads": torch.get_num_threads(),
+            "system": platform.system(),
+            "cuda": torch.version.cuda if cuda else None,
+            **software(),
+        }
+
+
+def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> dict[str, Any]:
+    """Take the steps of one rung in this process; seconds, bytes, nats.
+
+    The device is waited for before and after every step. `cache_dir` is the compiler's.
+    """
+    if cache_dir:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir
+    train_config = config.train_config()
+    with train_gpt2.set_up_machine(train_config) as machine:
+        device, cuda = machine.device, machine.device.type == "cuda"
+        torch.set_float32_matmul_precision("high" if rung.tf32 else "highest")
+        if not rung.autocast:
+            machine = dataclasses.replace(machine, dtype=torch.float32)
+        model = make_rung_model(rung, train_config).to(device).train()
+        T, n_params = model.config.block_size, sum(p.numel() for p in model.parameters())
+        B = config.micro_batch_size or (16 if cuda else 2)
+        preset = train_gpt2.PRESETS[config.preset]
+        accum = config.grad_accum_steps or (
+            max(1, preset.total_batch_size // (B * T)) if cuda else 2
+        )
+        if rung.largest_batch:
+            size = B * accum & -(B * accum)
+            while size > 1 and not fits_in_memory(model, machine, size):
+                size //= 2
+            B, accum = size, B * accum // size
+        if rung.compile == "blocks":
+            train_gpt2.compile_model(model)
+        elif rung.compile == "whole":
+            model.compile(dynamic=False)
+        optimizers = train_gpt2.make_optimizers(model, train_config, machine)
+        if not rung.fused:
+            for group in optimizers["optimizer"].param_groups:
+                group["fused"] = None  # torch's own choice: a kernel for many tensors, or one each
+        scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
+        batches, seconds, cpu_seconds = token_stream(config, T, B, device), [], []
+        for _ in range(config.steps + 1):
+            if cuda and len(seconds) == 1:
+                torch.cuda.reset_peak_memory_stats()
+            ready = list(itertools.islice(batches, accum))
+            wait_for(device)
+            start, cpu_start = time.perf_counter(), time.process_time()
+            result = train_gpt2.train_step(
+                model, optimizers, scaler, iter(ready), accum, train_config.grad_clip, machine
+            )
+            wait_for(device)
+            seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - cpu_start)
+        peak = peak_flops(device)
+        return {
+            "compiled": rung.compile != "no",
+            "first_step": seconds[0],
+            "seconds": seconds[1:],
+            "cpu_seconds": cpu_seconds[1:],  # of all threads: other work on the machine counts less
+            "loss": result.loss,
+            "peak_memory": peak_memory(device),
+            "micro_batch_size": B,
+            "batch_tokens": B * T * accum,
+            "mfu_seconds": flops_per_token(model.config, n_params) / peak * B * T * accum
+            if peak
+            else None,
+        }
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes taken so far: on CUDA by tensors, else by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if os.name == "nt":
+        return None
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def apart(function: Callable, *args: Any) -> Any:
+    """Call a function in a fresh process."""
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        return pool.submit(function, *args).result()
+
+
+def climb(config: BenchConfig) -> dict[str, Any]:
+    """Measure every rung in every round; return the machine, the settings and a row for each."""
+    from export import plain
+
+    facts = apart(look_around, config)
+    rungs, left_out = ladder(facts)
+    runs: dict[str, list[dict]] = {rung.name: [] for rung in rungs}
+    with tempfile.TemporaryDirectory() as caches:
+        for n in range(config.rounds):
+            for i, rung in list(enumerate(rungs))[:: -1 if n % 2 else 1]:
+                if rung.name in left_out:  # it failed before
+                    continue
+                print(f"round {n + 1}/{config.rounds}: {rung.name}", file=sys.stderr, flush=True)
+                try:
+                    run = apart(measure, rung, config, str(Path(caches, str(i))))
+                    runs[rung.name].append(run)
+                except (torch.OutOfMemoryError, BrokenProcessPool):
+                    left_out[rung.name] = "out of memory"
+    names = [FIRST.name, *CHANGES, RECIPE]
+    rows = [summary(name, runs.get(name), left_out.get(name, "")) for name in names]
+    compare(rows)
+    settings = plain(config)
+    for path in ("out", "plot"):
+        del settings[path]
+    return {"machine": facts, "settings": settings, "rows": rows}
+
+
+def summary(name: str, runs: list[dict] | None, why_not: str) -> dict[str, Any]:
+    """Return a rung's row: medians over the steps of all its rounds."""
+    if why_not or not runs:
+        return {"name": name, "left_out": why_not}
+    seconds = [s for run in runs for s in run["seconds"]]
+    median = statistics.median(seconds)
+    flops_time = runs[0]["mfu_seconds"]
+    return {
+        "name": name,
+        "ms_per_step": median * 1e3,
+        "ms_range": [min(seconds) * 1e3, max(seconds) * 1e3],
+        "tokens_per_sec": runs[0]["batch_tokens"] / median,
+        "mfu": flops_time / median if flops_time else None,
+        "peak_memory": max(run["peak_memory"] or 0 for run in runs) or None,
+        "loss": runs[0]["loss"],
+        "compile_seconds": runs[0]["first_step"] - median if runs[0]["compiled"] else None,
+        "micro_batch_size": runs[0]["micro_batch_size"],
+        "batch_tokens": runs[0]["batch_tokens"],
+        "ms_steps": [s * 1e3 for s in seconds],
+        "cpu_ms_per_step": statistics.median(s for run in runs for s in run["cpu_seconds"]) * 1e3,
+    }
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Add to each row its gain over the rung before it, over the first, and over the recipe."""
+    there = [row for row in rows if "ms_per_step" in row]
+    recipe = next((row for row in there if row["name"] == RECIPE), None)
+    for before, row in zip([None, *there], there, strict=False):
+        if row is not recipe and before:
+            row["gain"] = before["ms_per_step"] / row["ms_per_step"]
+        row["gain_over_first"] = there[0]["ms_per_step"] / row["ms_per_step"]
+        if recipe:
+            row["gain_over_recipe"] = recipe["ms_per_step"] / row["ms_per_step"]
+            if recipe["peak_memory"]:
+                row["memory_over_recipe"] = row["peak_memory"] / recipe["peak_memory"]
+
+
+# -----------------------------------------------------------------------------
+# results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as a Markdown table."""
+    head = ["rung", "ms/step", "tokens/s", "MFU", "gain", "over first", "over recipe", "memory, GB"]
+    lines = [[*head, "loss", "compile, s"], ["---", *["---:"] * 9]]
+    for row in results["rows"]:
+        if "left_out" in row:
+            lines.append([row["name"], f"left out: {row['left_out']}", *[""] * 8])
+            continue
+        gains = [row.get(key) for key in ("gain", "gain_over_first", "gain_over_recipe")]
+        lines.append([
+            row["name"],
+            f"{row['ms_per_step']:,.0f}",
+            f"{row['tokens_per_sec']:,.0f}",
+            f"{row['mfu']:.1%}" if row["mfu"] else "",
+            *[f"{gain:.2f}" if gain else "" for gain in gains],
+            f"{row['peak_memory'] / 1e9:.2f}" if row["peak_memory"] else "",
+            f"{row['loss']:.4f}",
+            f"{row['compile_seconds']:.0f}" if row["compile_seconds"] else "",
+        ])  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw tokens a second, a bar for each rung, the first on top."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure
+
+    rows = [row for row in results["rows"] if "ms_per_step" in row]
+    figure = Figure(figsize=(9, 0.5 * len(rows) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    colours = ["tab:orange" if row["name"] == RECIPE else "tab:blue" for row in rows]
+    speeds = [row["tokens_per_sec"] for row in rows]
+    bars = axes.barh([row["name"] for row in rows], speeds, color=colours)
+    labels = [f"{s:,.0f} ({r['gain_over_first']:.2f}x)" for s, r in zip(speeds, rows, strict=True)]
+    axes.bar_label(bars, labels, padding=4)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(speeds) * 1.25)
+    axes.set_xlabel("tokens a second")
+    settings, facts = results["settings"], results["machine"]
+    versions = f"{facts['threads']} threads, torch {facts['versions']['torch']}"
+    axes.set_title(f"{settings['preset']} on {facts['device']}, {versions}")
+    figure.savefig(path, dpi=120)
+
+
+def bench(config: BenchConfig) -> None:
+    """Climb the ladder; print the table, write what was asked for."""
+    from shards import atomic_write
+
+    results = climb(config)
+    print(table(results))
+    if config.out:
+        with atomic_write(config.out) as file:
+            file.write(json.dumps(results, indent=1).encode() + b"\n")
+    if config.plot:
+        draw(results, config.plot)
+
+
+def main() -> None:
+    from fineweb import run_command
+
+    run_command(BenchConfig, bench)
+
+
+if __name__ == "__main__":
+    main()

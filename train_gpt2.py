@@ -152,6 +152,10 @@ class TrainConfig:
     resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
     max_skipped: int = 10  # steps in a row with a loss or gradient that is not finite: give up
     timeout_minutes: float = 10.0  # a rank silent for so long ends a distributed run
+    # what is recorded besides the usual lines of metrics.jsonl
+    stats_every: int = 0  # steps between records of how each layer is updated; 0: never
+    tensorboard: bool = False  # the same numbers for TensorBoard, in out_dir
+    wandb: bool = False  # the same numbers for Weights & Biases
 
     def __post_init__(self) -> None:
         preset = PRESETS[self.preset]
@@ -692,7 +696,7 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
     import bench
     import export
     from hellaswag import questions_for_training, score
-    from plot import RunLog
+    from plot import LayerStats, RunLog
     from sample import sample_text
     from shards import fingerprint
 
@@ -752,7 +756,7 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
             return True
 
     # the log: metrics.jsonl and the console
-    log = RunLog(out_dir, step, machine.is_main)
+    log = RunLog(out_dir, step, machine.is_main, config.tensorboard, config.wandb)
     log.write(
         "run", step, config=export.plain(config), model_config=export.plain(model.config),
         n_params=n_params, data=data, micro_batch_size=B, world_size=world_size, compile=compiling,
@@ -821,10 +825,11 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
                 if last or stopping:
                     raise OSError(f"{unsaved} and go on with --resume") from None
         if unsaved:
-            machine.print(f"warning: {unsaved}")
+            log.say(f"warning: {unsaved}")
         if last or stopping:
             if last and machine.is_main:
                 export.write_huggingface(model, out_dir / "hf")
+            log.close()
             return last
 
         # one step
@@ -834,12 +839,14 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
             lr = learning_rate(config, tokens_seen, batch_tokens, group["peak_lr"])
             group["lr"] = lrs[group["logged_as"]] = lr
         grad_accum_steps = batch_tokens // (B * T * world_size)
+        watching = machine.is_main and due(config.stats_every, "")
         start = time.perf_counter()
         try:
-            result = train_step(
-                ddp_model, optimizers, scaler, batches, grad_accum_steps, config.grad_clip,
-                machine, stop=bool(signals),
-            )  # fmt: skip
+            with LayerStats(model, optimizers) if watching else contextlib.nullcontext() as stats:
+                result = train_step(
+                    ddp_model, optimizers, scaler, batches, grad_accum_steps, config.grad_clip,
+                    machine, stop=bool(signals),
+                )  # fmt: skip
         except torch.OutOfMemoryError:
             smaller = f"--resume with --micro_batch_size {max(1, B // 2)}"
             raise ValueError(f"out of GPU memory in step {step}: {smaller}") from None
@@ -853,6 +860,8 @@ def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
                 batch_tokens=batch_tokens, tokens_seen=tokens_seen, mfu=mfu,
                 tokens_per_sec=batch_tokens / dt, data_wait=result.data_wait,
             )  # fmt: skip
+            if stats:
+                log.write("stats", step, **stats.values(result.grad_norm))
         else:
             why = f"loss {result.loss}, gradient norm {result.grad_norm}"
             windows = [(tokens_seen - batch_tokens) // T, tokens_seen // T]

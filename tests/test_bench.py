@@ -1,0 +1,278 @@
+"""The ladder measures the same training on every rung, and what it prints is what it measured."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, flags, read_metrics, run_command_line
+
+import bench
+import train_gpt2
+
+CPU = {"device_type": "cpu", "dtype": "bfloat16", "no_compile": ""}
+CUDA = {"device_type": "cuda", "dtype": "bfloat16", "no_compile": ""}
+TINY = bench.BenchConfig(preset="tiny", block_size=16, steps=1, rounds=1, device="cpu")
+
+
+def rung(**changes) -> bench.Rung:
+    return dataclasses.replace(bench.FIRST, **changes)
+
+
+# -----------------------------------------------------------------------------
+# the same training on every rung
+
+
+def test_naive_attention_is_flash_attention():
+    torch.manual_seed(0)
+    config = train_gpt2.GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16)
+    flash, naive = train_gpt2.CausalSelfAttention(config), bench.NaiveAttention(config)
+    naive.load_state_dict(flash.state_dict())
+    x = torch.randn(2, 16, 32)
+    gradients = []
+    for attention in (flash, naive):
+        rows = x.clone().requires_grad_()
+        y = attention(rows)
+        y.square().sum().backward()
+        gradients.append((y, rows.grad, attention.c_attn.weight.grad))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rungs_start_from_the_same_weights():
+    config = TINY.train_config()
+    top = bench.make_rung_model(rung(padded=True, own_model=True, flash=True), config)
+    first = bench.make_rung_model(rung(), config)
+    assert len(first.transformer.wte.weight) == 50257 and len(top.transformer.wte.weight) == 50304
+    assert first.lm_head.weight is first.transformer.wte.weight
+    for name, p in first.named_parameters():
+        assert torch.equal(p, top.get_parameter(name)[: len(p)]), name
+
+
+def test_rungs_arrive_at_the_same_loss():
+    rungs, _ = bench.ladder({**CPU, "no_compile": "not in this test"})
+    losses = [bench.measure(r, TINY)["loss"] for r in rungs]
+    assert 9.5 < losses[0] < 10.9, "one step has been learned from"
+    assert losses == pytest.approx([losses[0]] * len(losses), abs=0.02)
+
+
+def test_tokens_do_not_depend_on_the_micro_batch():
+    x2, y2 = next(bench.token_stream(TINY, 16, 2, torch.device("cpu")))
+    ones = bench.token_stream(TINY, 16, 1, torch.device("cpu"))
+    assert torch.equal(x2, torch.cat([next(ones)[0], next(ones)[0]]))
+    assert torch.equal(x2[:, 1:], y2[:, :-1])
+
+
+# -----------------------------------------------------------------------------
+# the rungs are what they are called
+
+
+def test_each_rung_keeps_those_below_it():
+    rungs, left_out = bench.ladder(CUDA)
+    assert not left_out and [r.name for r in rungs[1:-1]] == list(bench.CHANGES)
+    for below, above in itertools.pairwise(rungs[:-1]):
+        changed = {k for k, v in vars(above).items() if v != vars(below)[k]} - {"name"}
+        assert changed == set(bench.CHANGES[above.name])
+
+
+def test_what_makes_no_difference_here_is_left_out_with_a_reason():
+    rungs, left_out = bench.ladder({**CPU, "dtype": "float32", "no_compile": "no g++"})
+    assert left_out["torch.compile"] == "no g++"
+    assert {"TF32", "bfloat16 autocast", "largest micro-batch"} < set(left_out)
+    assert not {r.name for r in rungs} & set(left_out)
+    assert {r.compile for r in rungs} == {"no"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "compiled", "fused"), [(CPU, "no", False), (CUDA, "whole", True)]
+)
+def test_the_recipe_compiles_and_fuses_on_cuda_only(facts, compiled, fused):
+    recipe = bench.ladder(facts)[0][-1]
+    assert (recipe.compile, recipe.fused, recipe.own_model) == (compiled, fused, False)
+    assert recipe.autocast and recipe.flash and recipe.padded
+
+
+def test_the_top_is_what_training_does_by_default(monkeypatch):
+    seen = {}
+
+    def step(model, optimizers, scaler, batches, accum, grad_clip, machine):
+        (optimizer,) = optimizers.values()
+        seen.update(model=model, group=optimizer.param_groups[0], machine=machine, clip=grad_clip)
+        return train_gpt2.StepResult(1.0, 1.0, True, False, 0.0)
+
+    compiled = []
+    monkeypatch.setattr(train_gpt2, "train_step", step)
+    monkeypatch.setattr(train_gpt2, "compile_model", compiled.append)
+    top = bench.ladder(CPU)[0][-2]
+    bench.measure(top, TINY)
+    assert type(seen["model"]) is train_gpt2.GPT and compiled == [seen["model"]]
+    attention = seen["model"].transformer.h[0].attn
+    assert type(attention) is train_gpt2.CausalSelfAttention
+    with train_gpt2.set_up_machine(TINY.train_config()) as machine:
+        assert seen["machine"] == machine
+    assert seen["group"]["fused"] and seen["clip"] == train_gpt2.TrainConfig().grad_clip
+
+    bench.measure(bench.FIRST, TINY)
+    assert type(seen["model"].transformer.h[0].attn) is bench.NaiveAttention
+    assert seen["machine"].dtype == torch.float32 and not seen["group"]["fused"]
+    assert len(compiled) == 1
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+# -----------------------------------------------------------------------------
+# what is measured is what is printed
+
+
+def test_medians_and_gains():
+    def run(*seconds):
+        return {
+            "compiled": False, "first_step": 9.0, "seconds": list(seconds), "loss": 5.0,
+            "cpu_seconds": [1.0], "peak_memory": 10, "micro_batch_size": 2, "batch_tokens": 100,
+            "mfu_seconds": 0.5,
+        }  # fmt: skip
+
+    rows = [
+        bench.summary("first", [run(4.0, 90.0), run(3.0, 4.0)], ""),
+        bench.summary("missing", [], "no reason"),
+        bench.summary("second", [run(2.0)], ""),
+        bench.summary(bench.RECIPE, [run(3.0)], ""),
+    ]
+    bench.compare(rows)
+    assert rows[0]["ms_per_step"] == 4000 and rows[0]["ms_range"] == [3000, 90000]
+    assert rows[2]["tokens_per_sec"] == 50 and rows[2]["mfu"] == 0.25
+    assert (rows[2]["gain"], rows[2]["gain_over_first"]) == (2.0, 2.0)
+    assert rows[2]["gain_over_recipe"] == 1.5 and "gain" not in rows[3]
+    lines = bench.table({"rows": rows}).splitlines()
+    assert len(lines) == 6 and len({line.count("|") for line in lines}) == 1
+
+
+def test_rounds_go_up_and_down_each_rung_in_a_fresh_process(monkeypatch):
+    measured = []
+
+    def apart(function, *args):
+        if function is bench.look_around:
+            return {**CPU, "no_compile": "no g++"}
+        measured.append(args[0].name)
+        if args[0].name == "fused AdamW":
+            raise torch.OutOfMemoryError
+        return {
+            "compiled": False, "first_step": 1.0, "seconds": [1.0], "cpu_seconds": [1.0],
+            "loss": 5.0, "peak_memory": 10, "micro_batch_size": 2, "batch_tokens": 100,
+            "mfu_seconds": None,
+        }  # fmt: skip
+
+    monkeypatch.setattr(bench, "apart", apart)
+    rows = bench.climb(dataclasses.replace(TINY, rounds=2))["rows"]
+    up = [r.name for r in bench.ladder({**CPU, "no_compile": "no g++"})[0]]
+    assert measured == up + [name for name in up[::-1] if name != "fused AdamW"]
+    assert {r["name"]: r.get("left_out") for r in rows}["fused AdamW"] == "out of memory"
+    monkeypatch.undo()
+    assert bench.apart(os.getpid) != os.getpid()
+
+
+def test_a_run_leaves_table_json_and_chart(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "apart", lambda function, *args: function(*args))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    out, plot = tmp_path / "results.json", tmp_path / "chart.png"
+    bench.bench(dataclasses.replace(TINY, compile="off", out=out, plot=plot))
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    results = json.loads(out.read_text())
+    assert len(results["rows"]) == len(bench.CHANGES) + 2
+    top, first = results["rows"][-1], results["rows"][0]
+    assert first["ms_per_step"] > 0 and first["batch_tokens"] == 2 * 16 * 2
+    assert first["mfu"] is None, "a CPU's peak is not known"
+    assert top["gain_over_recipe"] == 1 and first["peak_memory"] > 50e6
+    assert {"device", "cores", "threads", "versions", "git_hash"} < set(results["machine"])
+    assert str(tmp_path) not in out.read_text()
+    assert bench.table(results) in capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"steps": 0}, "steps 0"), ({"out": "no/such/folder.json"}, "no such folder")],
+)
+def test_a_mistake_is_one_line(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        bench.BenchConfig(**{k: bench.Path(v) if k == "out" else v for k, v in wrong.items()})
+
+
+# -----------------------------------------------------------------------------
+# starting up
+
+
+def cpu_seconds(*words: str) -> float:
+    """Processor time of a command: other work on the machine does not count."""
+    before = os.times()
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *words], cwd=ROOT, env=env, check=True, capture_output=True)
+    after = os.times()
+    children = ("children_user", "children_system")
+    return sum(getattr(after, name) - getattr(before, name) for name in children)
+
+
+def test_help_costs_no_more_than_importing_torch():
+    ratios = []
+    while len(ratios) < 3 and min(ratios, default=9) > 1.3:
+        torch_alone = cpu_seconds("-c", "import torch")
+        ratios.append(cpu_seconds("train_gpt2.py", "--help") / torch_alone)
+    assert min(ratios) <= 1.3, ratios
+
+
+def test_the_first_step_is_seconds_away(data_dir, tmp_path):
+    torch_alone = -time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    torch_alone += time.perf_counter()
+    started = time.time()
+    words = flags(
+        data_dir=data_dir, out_dir=tmp_path, preset="tiny", block_size=16, total_batch_size=64,
+        max_steps=1, compile="off", device="cpu", eval_every=0, sample_every=0,
+    )  # fmt: skip
+    result = run_command_line("train_gpt2.py", *words)
+    assert result.returncode == 0, result.stderr
+    [line] = read_metrics(tmp_path, "train")
+    assert line["time"] - started - torch_alone < 5
+
+
+# -----------------------------------------------------------------------------
+# on a GPU
+
+
+def gpu_row(name: str, **changes) -> dict:
+    """Measure one rung, as the command does, on the GPU at hand."""
+    config = bench.BenchConfig(device="cuda", rounds=1, **changes)
+    facts = bench.apart(bench.look_around, config)
+    if not any(kind in facts["device"] for kind in ("H100 80GB", "H200")):
+        pytest.skip(f"the reach is for an H100 or H200, not {facts['device']}")
+    [wanted] = [r for r in bench.ladder(facts)[0] if r.name == name]
+    return bench.summary(name, [bench.apart(bench.measure, wanted, config)], "")
+
+
+@pytest.mark.gpu
+def test_half_a_million_tokens_a_second():
+    assert gpu_row("largest micro-batch", steps=5)["tokens_per_sec"] >= 500_000
+
+
+@pytest.mark.gpu
+def test_the_largest_model_is_as_efficient_as_the_smallest():
+    large, small = (
+        gpu_row(
+            "largest micro-batch", steps=3, preset=preset, micro_batch_size=1, grad_accum_steps=n
+        )
+        for preset, n in (("gpt2-xl", 128), ("gpt2", 512))
+    )
+    assert large["mfu"] >= small["mfu"]
+
+
+@pytest.mark.gpu
+def test_gpu_rungs_arrive_at_the_same_loss():
+    config = dataclasses.replace(TINY, device="cuda", grad_accum_steps=2, steps=2)
+    losses = []
+    for each in bench.ladder(bench.apart(bench.look_around, config))[0]:
+        losses.append(bench.apart(bench.measure, each, config)["loss"])
+    assert losses == pytest.approx([losses[0]] * len(losses), abs=0.05)
