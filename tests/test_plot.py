@@ -129,6 +129,26 @@ def test_the_legend_says_what_differs_between_runs(tmp_path):
     assert plot.labels([a]) == ["a"]
 
 
+def test_the_legend_is_silent_on_settings_that_an_older_run_did_not_have(tmp_path):
+    new = plot.Run(write_run(tmp_path / "new", optimizer="muon"))
+    assert plot.labels([plot.Run(write_run(tmp_path / "old")), new]) == ["old", "new"]
+
+
+def test_long_legends_stay_inside_the_picture_and_axes_have_plain_numbers(tmp_path):
+    names = [f"a_setting_of_this_name_{i}" for i in range(12)]
+    runs = [
+        plot.Run(write_run(tmp_path / str(value), **dict.fromkeys(names, value)))
+        for value in (1, 2)
+    ]
+    figure, _ = plot.draw(runs, "steps")
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x1 <= figure.bbox.x1 and names[-1] in texts(figure)
+    tops = [ax.get_window_extent().y1 for ax in figure.axes]
+    assert legend.y0 >= max(tops), "above the panels"
+    assert "10^" not in texts(figure), "losses from 0 to 10 need no powers"
+
+
 def test_skipped_steps_and_the_clip_line_are_marked(tmp_path):
     folder = write_run(tmp_path / "a", grad_clip=0.7)
     with open(folder / "metrics.jsonl", "a") as file:
