@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import numpy as np
@@ -308,8 +309,14 @@ def test_wandb_gets_the_same_numbers_offline(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     metrics = run_train(data_dir, tmp_path, wandb=True)
     (path,) = tmp_path.rglob("run-*.wandb")
+    deadline = time.monotonic() + 20
+    records: list = []
+    # wandb's own process writes the end of the file a moment after finish() has returned
+    while not any(record.HasField("exit") for record in records) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        records = [Record.FromString(record) for record in wandb_records(path)]
     found = []
-    for record in map(Record.FromString, wandb_records(path)):
+    for record in records:
         items = {i.key or ".".join(i.nested_key): i.value_json for i in record.history.item}
         if "train/loss" in items:
             found.append((int(items["step"]), float(items["train/loss"])))
