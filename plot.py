@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -466,7 +467,7 @@ class Run:
 
 HOUSEKEEPING = {  # settings that make no difference to the numbers
     "out_dir", "resume", "checkpoint_every", "keep_checkpoints", "timeout_minutes", "max_skipped",
-    "sample_every", "stats_every", "tensorboard", "wandb",
+    "eval_every", "hellaswag_every", "sample_every", "stats_every", "tensorboard", "wandb",
 }  # fmt: skip
 
 
@@ -480,9 +481,12 @@ def labels(runs: list[Run]) -> list[str]:
     if len(set(names)) < len(names):
         names = [str(run.path.parent) for run in runs]
     settings = [run.settings() for run in runs]
-    keys = dict.fromkeys(key for known in settings for key in known)
-    differ = [
-        key for key in keys if any(known.get(key) != settings[0].get(key) for known in settings)
+    recorded = [known for known in settings if known]  # a run may have just begun, or be damaged
+    differ = [  # among what all recorded: an older run knows nothing of a newer setting
+        key
+        for key, value in (recorded[0] if recorded else {}).items()
+        if all(key in known for known in recorded)
+        and any(known[key] != value for known in recorded)
     ]
     said = [
         ", ".join(f"{key} {known[key]}" for key in differ if key in known) for known in settings
@@ -550,7 +554,10 @@ def draw_series(ax: "Axes", panel: Panel, x: np.ndarray, y: np.ndarray, look: di
     if panel.smooth:
         # as pixels: in an SVG these would be most of the file
         ax.plot(x, y, **look, linewidth=0.5, alpha=0.35, rasterized=True)
-        ax.plot(x, smoothed(y), **look, linewidth=1.8)
+        # of norms the geometric mean: one spike would stand for the whole window
+        norms = panel.name == "grad_norm" and (y > 0).all()
+        mean = np.exp(smoothed(np.log(y))) if norms else smoothed(y)
+        ax.plot(x, mean, **look, linewidth=1.8)
     else:
         marker = panel.marker or ("o" if len(y) == 1 else "")
         ax.plot(x, y, **look, linewidth=1.6, marker=marker, markersize=3)
@@ -577,10 +584,13 @@ def draw_layers(ax: "Axes", x: np.ndarray, y: np.ndarray, look: dict, alone: boo
 
 def draw_line_at(ax: "Axes", height: float, text: str) -> None:
     """Draw a horizontal line for comparison, with its name on it."""
+    from matplotlib.patheffects import withStroke
+
     ax.axhline(height, color=GREY, linewidth=0.9, linestyle=(0, (5, 3)))
     ax.annotate(
         text, (1, height), xycoords=("axes fraction", "data"), xytext=(-3, 2),
         textcoords="offset points", ha="right", va="bottom", fontsize=7.5, color=GREY,
+        path_effects=[withStroke(linewidth=2, foreground="white")],  # readable across a curve
     )  # fmt: skip
 
 
@@ -614,7 +624,7 @@ def draw(runs: list[Run], x: str) -> tuple["Figure", list[str]]:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
     looks = [
         {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
@@ -630,11 +640,12 @@ def draw(runs: list[Run], x: str) -> tuple["Figure", list[str]]:
     n_rows = math.ceil(len(upper) / 2) + (len(lower) > 0)
 
     plt.rcParams.update({"font.size": 8.5, "axes.titlesize": 9.5, "svg.hashsalt": "plot"})
-    heading = 0.3 + 0.17 * len(runs)
+    names = [textwrap.fill(label, 130, subsequent_indent="    ") for label in labels(runs)]
+    heading = 0.3 + 0.17 * sum(name.count("\n") + 1 for name in names)
     figure = plt.figure(figsize=(9, max(1, n_rows) * 2.1 + heading), layout="constrained")
     figure.legend(
         handles=[plt.Line2D([], [], **look, linewidth=2.5) for look in looks],
-        labels=labels(runs), loc="outside upper left", frameon=False,
+        labels=names, loc="outside upper left", frameon=False,
     )  # fmt: skip
     if not there:
         figure.text(0.5, 0.4, "no numbers yet", ha="center", color=GREY)
@@ -659,13 +670,24 @@ def draw(runs: list[Run], x: str) -> tuple["Figure", list[str]]:
         draw_references(ax, panel, runs, x, looks)
         if panel.log and all((y > 0).all() for _, y in numbers[panel]):
             ax.set_yscale("log")
+            ax.yaxis.set_minor_formatter(NullFormatter())
+            low, high = ax.get_ylim()
+            if high < 30 * low:  # too few powers of ten to read a curve by
+                ax.yaxis.set_major_locator(MaxNLocator(5))
+                ax.yaxis.set_minor_locator(NullLocator())
+        elif panel.event == "train":
+            ax.set_ylim(bottom=0)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _, form=panel.form: form(y)))
         ax.set_title(panel.title, loc="left")
         ax.set_xlabel({"steps": "step", "hours": "hours of training"}.get(x, x), labelpad=1)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         ax.grid(alpha=0.25, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
-        if ax.get_legend_handles_labels()[0]:
+        named = ax.get_legend_handles_labels()
+        if named[0] and panel in LAYER_PANELS:  # the same in all of them: once, below
+            if panel == lower[0]:
+                figure.legend(*named, loc="outside lower center", ncols=3, frameon=False)
+        elif named[0]:
             ax.legend(frameon=False, fontsize=7.5, loc="best")
     return figure, [panel.title for panel in numbers if panel not in there]
 

@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,26 @@ def test_the_legend_says_what_differs_between_runs(tmp_path):
     b = plot.Run(write_run(tmp_path / "b", max_lr=2e-3, out_dir="b"))
     assert plot.labels([a, b]) == ["a: max_lr 0.001", "b: max_lr 0.002"]
     assert plot.labels([a]) == ["a"]
+
+
+def test_the_legend_is_silent_on_settings_that_an_older_run_did_not_have(tmp_path):
+    new = plot.Run(write_run(tmp_path / "new", optimizer="muon"))
+    assert plot.labels([plot.Run(write_run(tmp_path / "old")), new]) == ["old", "new"]
+
+
+def test_long_legends_stay_inside_the_picture_and_axes_have_plain_numbers(tmp_path):
+    names = [f"a_setting_of_this_name_{i}" for i in range(12)]
+    runs = [
+        plot.Run(write_run(tmp_path / str(value), **dict.fromkeys(names, value)))
+        for value in (1, 2)
+    ]
+    figure, _ = plot.draw(runs, "steps")
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x1 <= figure.bbox.x1 and names[-1] in texts(figure)
+    tops = [ax.get_window_extent().y1 for ax in figure.axes]
+    assert legend.y0 >= max(tops), "above the panels"
+    assert "10^" not in texts(figure), "losses from 0 to 10 need no powers"
 
 
 def test_skipped_steps_and_the_clip_line_are_marked(tmp_path):
@@ -288,8 +309,14 @@ def test_wandb_gets_the_same_numbers_offline(data_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     metrics = run_train(data_dir, tmp_path, wandb=True)
     (path,) = tmp_path.rglob("run-*.wandb")
+    deadline = time.monotonic() + 20
+    records: list = []
+    # wandb's own process writes the end of the file a moment after finish() has returned
+    while not any(record.HasField("exit") for record in records) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        records = [Record.FromString(record) for record in wandb_records(path)]
     found = []
-    for record in map(Record.FromString, wandb_records(path)):
+    for record in records:
         items = {i.key or ".".join(i.nested_key): i.value_json for i in record.history.item}
         if "train/loss" in items:
             found.append((int(items["step"]), float(items["train/loss"])))
