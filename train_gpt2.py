@@ -452,12 +452,9 @@ class Muon(torch.optim.Muon):
         self.matrices = sorted(matrices, key=Tensor.numel, reverse=True)  # for equal shares
         self.machine = machine
         peak_lr = config.max_lr if config.muon_lr is None else config.muon_lr
-        super().__init__(
-            [{"params": self.matrices, "peak_lr": peak_lr, "logged_as": "muon_lr"}],
-            weight_decay=config.weight_decay,
-            momentum=config.muon_momentum,
-            adjust_lr_fn="match_rms_adamw",
-        )
+        group = {"params": self.matrices, "peak_lr": peak_lr, "logged_as": "muon_lr"}
+        settings = dict(weight_decay=config.weight_decay, momentum=config.muon_momentum)
+        super().__init__([group], adjust_lr_fn="match_rms_adamw", **settings)
 
     def exchange(self, tensors: list[Tensor]) -> None:
         """Send each tensor from the rank that owns its matrix to all others."""
@@ -480,13 +477,8 @@ class Muon(torch.optim.Muon):
         return super().state_dict()
 
 
-def make_optimizers(
-    model: GPT, config: TrainConfig, machine: "Machine"
-) -> dict[str, torch.optim.Optimizer]:
-    """Return AdamW ("optimizer") and, if asked for, "muon" for the matrices inside the blocks.
-
-    AdamW decays matrices and leaves biases, gains and other vectors alone.
-    """
+def make_optimizers(model: GPT, config: TrainConfig, machine: "Machine") -> dict[str, Any]:
+    """Return AdamW, as "optimizer", and "muon" if asked for; biases and gains do not decay."""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizers = {}
     if config.optimizer == "muon":  # the embedding, which is also the head, stays with AdamW
@@ -514,21 +506,19 @@ def step_batch_tokens(config: TrainConfig, tokens_seen: int) -> int:
     return min(batch, config.budget - tokens_seen)
 
 
-def learning_rate(
-    config: TrainConfig, tokens_seen: int, batch_tokens: int, peak_lr: float
-) -> float:
+def learning_rate(config: TrainConfig, tokens_seen: int, batch_tokens: int, peak: float) -> float:
     """Return the rate of the step that starts at `tokens_seen`: linear warm-up, then down.
 
     Warm-up counts the tokens seen once the step is done, so that the first step is not idle.
     """
     warmup = config.warmup_tokens
     if tokens_seen < warmup:
-        return peak_lr * min(1.0, (tokens_seen + batch_tokens) / warmup)
+        return peak * min(1.0, (tokens_seen + batch_tokens) / warmup)
     progress = (tokens_seen - warmup) / (config.budget - warmup)
     if config.schedule == "linear":
-        return peak_lr * (1 - progress)
+        return peak * (1 - progress)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return peak_lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+    return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
 # -----------------------------------------------------------------------------
