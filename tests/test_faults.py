@@ -101,7 +101,7 @@ def kill_until_finished(data_dir, out_dir, kills: int, settings: dict) -> None:
 
 @pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_goes_on_and_logs_every_step_once(data_dir, tmp_path, kills):
-    settings = dict(max_steps=300 + 40 * kills, checkpoint_every=3, eval_every=20)
+    settings = dict(max_steps=200 + 40 * kills, checkpoint_every=5, eval_every=50)
     undisturbed = run_train(
         data_dir, tmp_path / "undisturbed", **{**settings, "checkpoint_every": 0}
     )
@@ -165,7 +165,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     process = start(data, tmp_path / "log", total_batch_size=16 * 20_000, n_embd=512,
                     micro_batch_size=1, eval_every=0)  # fmt: skip
     wait_for(process, "parameters on")
-    time.sleep(1)
+    time.sleep(0.3)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
