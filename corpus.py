@@ -391,7 +391,7 @@ def find_dataset(config: "DataConfig") -> tuple[str, list[tuple[str, int]]]:
 
 def retry(call: Callable[[], Any], minutes: float) -> Any:
     """Return call(), trying again with growing pauses while it raises ConnectionError."""
-    give_up, pause = None, 1
+    give_up, pause = None, 0.5
     while True:
         try:
             return call()
@@ -401,7 +401,7 @@ def retry(call: Callable[[], Any], minutes: float) -> Any:
             give_up = give_up or time.monotonic() + 60 * minutes
             if (left := give_up - time.monotonic()) < pause:
                 raise ConnectionError(f"{error}, for {minutes:g} minutes") from None
-            say(f"{error}: trying again in {pause} s, for {left / 60:.0f} minutes more")
+            say(f"{error}: trying again in {pause:g} s, for {left / 60:.0f} minutes more")
             time.sleep(pause)
             pause = min(60, 2 * pause)
 

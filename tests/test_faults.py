@@ -147,7 +147,9 @@ def test_if_every_checkpoint_is_damaged_nothing_is_deleted(data_dir, tmp_path):
     assert before == all_files(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(data_dir, tmp_path, number):
     process = start(data_dir, tmp_path, max_steps=100_000)
     wait_for(process, "step 3:")
@@ -212,6 +214,7 @@ def test_a_signal_to_one_rank_stops_all_and_is_no_failure(data_dir, tmp_path):
     assert output.count("parameters on") == 0, "it must not be started again"
 
 
+@pytest.mark.slow  # the test before it is its short form
 def test_a_batch_system_stops_a_run_through_torchrun(data_dir, tmp_path):
     # what Slurm does with `#SBATCH --signal=B:USR1@120` and the README's trap
     launcher = ("--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",)
