@@ -101,7 +101,7 @@ def kill_until_finished(data_dir, out_dir, kills: int, settings: dict) -> None:
 
 @pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_goes_on_and_logs_every_step_once(data_dir, tmp_path, kills):
-    settings = dict(max_steps=200 + 40 * kills, checkpoint_every=5, eval_every=50)
+    settings = dict(max_steps=100 + 40 * kills, checkpoint_every=5, eval_every=50)
     undisturbed = run_train(
         data_dir, tmp_path / "undisturbed", **{**settings, "checkpoint_every": 0}
     )
@@ -148,13 +148,18 @@ def test_if_every_checkpoint_is_damaged_nothing_is_deleted(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
 )
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(data_dir, tmp_path, number):
     process = start(data_dir, tmp_path, max_steps=100_000)
     wait_for(process, "step 3:")
     process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=20)[0]
     assert process.returncode == 128 + number
     assert "--resume" in output
     steps = [m["step"] for m in read_metrics(tmp_path, "train")]
