@@ -35,6 +35,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch
 
 import train_gpt2
 from train_gpt2 import GPT, Device, GPTConfig, Machine, TrainConfig
@@ -250,6 +251,7 @@ class Rung:
     padded: bool = False
     fused: bool = False
     own_model: bool = False  # train_gpt2.GPT itself
+    recompute: bool = False  # train_gpt2.compile_model as it is: on a CPU it keeps less
     largest_batch: bool = False  # the micro-batch that train_gpt2.py would choose
 
 
@@ -262,6 +264,7 @@ CHANGES = {  # every rung keeps those below it
     "vocabulary 50304": dict(padded=True),
     "fused AdamW": dict(fused=True),
     "compiled by block, loss in one graph": dict(compile="blocks", own_model=True),
+    "less kept for the backward pass": dict(recompute=True),
     "largest micro-batch": dict(largest_batch=True),
 }
 RECIPE = "the lecture's recipe"
@@ -269,7 +272,8 @@ RECIPE = "the lecture's recipe"
 
 def ladder(facts: dict[str, Any]) -> tuple[list[Rung], dict[str, str]]:
     """Return the rungs to climb, the recipe last, and why each of the others is left out."""
-    cuda, no_compile = facts["device_type"] == "cuda", facts["no_compile"]
+    device, no_compile = facts["device_type"], facts["no_compile"]
+    cuda = device == "cuda"
     why_not = {
         "TF32": "" if cuda else "a format of NVIDIA GPUs",
         "bfloat16 autocast": "this device is no faster with it"
@@ -277,6 +281,7 @@ def ladder(facts: dict[str, Any]) -> tuple[list[Rung], dict[str, str]]:
         else "",
         "torch.compile": no_compile,
         "compiled by block, loss in one graph": no_compile,
+        "less kept for the backward pass": no_compile or "done on CPUs only" * (device != "cpu"),
         "largest micro-batch": "" if cuda else "memory is probed on CUDA only",
     }
     rungs, left_out = [FIRST], {}
@@ -373,6 +378,7 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
             B, accum = size, B * accum // size
         if rung.compile == "blocks":
             train_gpt2.compile_model(model)
+            functorch.ban_recompute_materialized_backward |= not rung.recompute
         elif rung.compile == "whole":
             model.compile(dynamic=False)
         optimizers = train_gpt2.make_optimizers(model, train_config, machine)

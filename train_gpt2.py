@@ -340,6 +340,11 @@ def load_model(name_or_path: str | Path | None, device: torch.device | str = "cp
 
 def compile_model(model: GPT) -> None:
     """Compile in place, by block: all blocks share one graph, compiled once whatever the depth."""
+    from torch._functorch import config
+
+    # On a CPU the backward pass computes norms, GELU and casts again instead of being handed them:
+    # as fast, in an eighth less memory (benchmarks/ladder_cpu.md).
+    config.ban_recompute_materialized_backward = next(model.parameters()).device.type != "cpu"
     for block in model.transformer.h:
         block.compile(dynamic=False)
     model.loss = torch.compile(model.loss, dynamic=False)

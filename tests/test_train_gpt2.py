@@ -22,6 +22,7 @@ from train_gpt2 import (
     Machine,
     TrainConfig,
     Windows,
+    compile_model,
     learning_rate,
     make_optimizers,
     micro_batches,
@@ -32,6 +33,7 @@ from train_gpt2 import (
 )
 
 CPU = Machine(torch.device("cpu"), torch.float32)
+CPU16 = dataclasses.replace(CPU, dtype=torch.bfloat16)
 UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -428,6 +430,18 @@ def test_compiling_evaluating_and_sampling_work_together(data_dir, tmp_path):
         a, b = ([m["loss"] for m in run if m["event"] == event] for run in (plain, compiled))
         assert a == pytest.approx(b, abs=1e-4) and len(a) >= 3
     assert sum(m["event"] == "sample" for m in compiled) == 6
+
+
+def test_a_compiled_block_keeps_little_for_the_backward_pass():
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=32, vocab_size=300))
+    compile_model(model)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t), CPU16.autocast:
+        model.transformer.h[0](torch.randn(3, 32, 64))
+    shapes = Counter(tuple(t.shape) for t in kept if t.dtype == torch.bfloat16)
+    assert shapes[3 * 32, 4 * 64] == 1, "what goes into GELU, and not what comes out"
+    assert not shapes[4 * 64, 64] and not shapes[64, 4 * 64], "no copies of weights"
 
 
 def test_import_does_nothing():
