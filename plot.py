@@ -45,15 +45,8 @@ BY_UPDATE = ("train", "skip", "stats")  # events whose step is an update's index
 
 def software() -> dict[str, Any]:
     """Return the versions that a run depends on, and the commit of this checkout."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
+    here = str(Path(__file__).parent)
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
