@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 demo: .venv/.run
 	$(BIN)/python fineweb.py --source pydocs
-	$(BIN)/python train_gpt2.py --preset tiny --optimizer muon --data_dir data/pydocs --out_dir log/demo --eval_every 400 --resume
+	$(BIN)/python train_gpt2.py --preset tiny --optimizer muon --data_dir data/pydocs --out_dir log/demo --eval_every 350 --resume
 	$(BIN)/python plot.py log/demo
 	@echo
 	@echo "Trained. Now let it write, with your own beginning:"

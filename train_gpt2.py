@@ -51,7 +51,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "tiny": Preset(4, 128, 4, 128, 4e-3, 512, 4, 800),
+    "tiny": Preset(4, 128, 4, 128, 4e-3, 512, 4, 700),
     "gpt2": Preset(12, 768, 12, 1024, 6e-4, 524288),
     "gpt2-medium": Preset(24, 1024, 16, 1024, 3e-4, 524288),
     "gpt2-large": Preset(36, 1280, 20, 1024, 2.5e-4, 524288),
