@@ -1,7 +1,9 @@
 """Two processes under torchrun do what one process does."""
 
+import re
+
 import pytest
-from conftest import RUN, flags, losses, read_metrics, run_command_line, run_train
+from conftest import ROOT, RUN, flags, losses, read_metrics, run_command_line, run_train
 
 
 def run_two_ranks(data_dir, out_dir, **changes):
@@ -31,3 +33,23 @@ def test_a_mistake_is_printed_once(data_dir, tmp_path):
     assert result.returncode != 0
     assert result.stderr.count("train_gpt2.py: error: micro_batch_size 3") == 1
     assert 'train_gpt2.py", line' not in result.stderr, "torchrun has a traceback of its own"
+
+
+LATE = """
+import sys, time
+sys.path.insert(0, {root!r})
+from train_gpt2 import TrainConfig, set_up_machine
+with set_up_machine(TrainConfig(device="cpu")) as machine:
+    time.sleep(machine.is_main)
+print("left", time.time(), flush=True)
+"""
+
+
+def test_no_rank_leaves_before_the_others_are_done(tmp_path):
+    # else gloo's threads may still hold a tensor when Python ends, and abort the rank and the job
+    script = tmp_path / "late.py"
+    script.write_text(LATE.format(root=str(ROOT)))
+    result = run_command_line(str(script), ranks=2)
+    assert result.returncode == 0, result.stderr
+    first, last = sorted(float(t) for t in re.findall(r"left (\S+)", result.stdout))
+    assert last - first < 0.5
