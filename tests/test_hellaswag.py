@@ -546,3 +546,18 @@ def test_harness_agrees_with_lm_eval(data, monkeypatch):
     scores = hellaswag.summarize(questions, losses)
     assert [s["acc"] for s in samples].count(1.0) / len(samples) == scores["acc"]
     assert [s["acc_norm"] for s in samples].count(1.0) / len(samples) == scores["acc_norm"]
+
+
+@pytest.mark.gpu
+def test_all_of_it_in_ten_seconds_on_a_gpu(data):
+    """GPT-2 124M with random weights, for an H100 or H200; not yet run on one."""
+    data.write_text("\n".join(real_lines(10_042)))
+    questions = hellaswag.load_questions(data, "completion")
+    machine = Machine(torch.device("cuda"), torch.bfloat16)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig()).to(machine.device).eval()
+    hellaswag.ending_losses(model, Questions("completion", questions.items[:100]), machine)
+    start = time.perf_counter()
+    losses = hellaswag.ending_losses(model, questions, machine)
+    assert time.perf_counter() - start < 10
+    assert losses.shape == (10_042, 4) and losses.isfinite().all()
