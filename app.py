@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from export import checkpoint_paths
-from fineweb import run_command
-from sample import SampleConfig, cut_note, model_bytes, quantize, stream_text
+from common.checkpoint import checkpoint_paths
+from common.cli import run_command
+from common.generate import stream_text
+from sample import SampleConfig, cut_note, model_bytes, quantize
 from train_gpt2 import GPT, TrainConfig, load_model, set_up_machine
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ of its own, so that memory and compiler start from nothing; the rounds go up and
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -19,10 +18,8 @@ import multiprocessing
 import os
 import platform
 import re
-import shutil
 import statistics
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +35,12 @@ from torch import Tensor
 from torch._functorch import config as functorch
 
 import train_gpt2
-from train_gpt2 import GPT, Device, GPTConfig, Machine, TrainConfig
+from common.cli import plain, run_command
+from common.files import atomic_write
+from common.hardware import Device, choose_compile, fits_in_memory, flops_per_token, peak_flops
+from common.runlog import software
+from common.workers import count_cores
+from train_gpt2 import GPT, GPTConfig, TrainConfig
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -73,137 +75,6 @@ class BenchConfig:
         """What train_gpt2.py would be asked for."""
         given = {name: getattr(self, name) for name in ("preset", "block_size", "device", "seed")}
         return TrainConfig(**given)
-
-
-# -----------------------------------------------------------------------------
-# what the machine can do
-
-PEAK_TFLOPS = {  # dense bfloat16 (float16 where older) with float32 sums, from NVIDIA's data sheets
-    r"A100-.*|A100 80GB PCIe": 312,
-    r"H100 80GB HBM3|H100 SXM.*|H200|GH200.*": 989,
-    r"H100 PCIe": 756,
-    r"H100 NVL|H200 NVL": 835,
-    r"B200": 2250,
-    r"L4": 121,
-    r"L40S": 362,
-    r"Tesla T4|T4": 65,
-    r"Tesla V100-SXM2-.*|Tesla V100-SXM3-.*": 125,
-    r"Tesla V100-PCIE-.*": 112,
-    r"GeForce RTX 3080": 59.5,
-    r"GeForce RTX 3090": 71,
-    r"GeForce RTX 4080": 97.5,
-    r"GeForce RTX 4090": 165.2,
-    r"GeForce RTX 5080": 112.6,
-    r"GeForce RTX 5090": 209.5,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Return the FLOP/s the GPU is sold with; None where we do not know it for certain."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
-    found = [peak for pattern, peak in PEAK_TFLOPS.items() if re.fullmatch(pattern, name)]
-    return found[0] * 1e12 if found else None
-
-
-def flops_per_token(config: GPTConfig, n_params: int) -> int:
-    """Return forward and backward FLOPs a token: 6 a weight, and 12 L C T of attention scores."""
-    return 6 * n_params + 12 * config.n_layer * config.n_embd * config.block_size
-
-
-def ugly_dimensions(config: GPTConfig, micro_batch_size: int) -> list[str]:
-    """Name the sizes that fit GPU tiles badly, each with the nice number next to it."""
-    sizes = {
-        "head size": config.n_embd // config.n_head,
-        "n_embd": config.n_embd,
-        "block_size": config.block_size,
-        "micro_batch_size": micro_batch_size,
-    }
-    return [
-        f"{name} {n} is not a multiple of 8: {math.ceil(n / 8) * 8} or, better, "
-        f"{math.ceil(n / 64) * 64} runs faster"
-        for name, n in sizes.items()
-        if n % 8 and n not in (1, 2, 4)
-    ]
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the type of matrix products: bfloat16 where the device is good at it."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if ampere else torch.float16
-    flags = Path("/proc/cpuinfo").read_text().split() if sys.platform == "linux" else []
-    bfloat16 = device.type == "cpu" and {"avx512_bf16", "amx_bf16", "bf16"} & set(flags)
-    return torch.bfloat16 if bfloat16 else torch.float32
-
-
-def choose_compile(setting: str, device: torch.device) -> tuple[bool, list[str]]:
-    """Return whether to compile and, where that is not to be had, a note of what is missing."""
-    if setting == "off" or (setting == "auto" and device.type == "mps"):
-        return False, []
-    missing = ""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        missing = "Triton is not installed"
-    elif device.type == "cpu" and sys.platform != "linux":
-        missing = "on a CPU it was tried on Linux only"
-    elif device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        missing = "there is no C++ compiler (g++)"
-    elif device.type == "cpu" and not Path(sysconfig.get_path("include"), "Python.h").exists():
-        missing = "Python's headers (python3-dev) are not installed"
-    return not missing or setting == "on", [f"torch.compile: {missing}"] if missing else []
-
-
-def choose_micro_batch_size(
-    config: TrainConfig, T: int, machine: Machine, off_cuda: int, fits: Callable[[int], bool]
-) -> int:
-    """Return the rows of a micro-batch: as asked, else the largest power of two that `fits`.
-
-    Off CUDA, where running out of memory cannot be survived, at most `off_cuda` rows.
-    Every step must be whole micro-batches on every rank; ValueError names what would do.
-    """
-    flag = "batch_ramp_start" if config.batch_ramp_tokens else "total_batch_size"
-    tokens, lockstep = getattr(config, flag), T * machine.world_size
-    rows = tokens // lockstep  # of each rank
-    if tokens % lockstep:
-        near = " or ".join(str(n * lockstep) for n in (rows, rows + 1) if n)
-        raise ValueError(
-            f"{flag} {tokens} is not a multiple of block_size {T} * {machine.world_size} ranks: "
-            f"give --{flag} {near}"
-        )
-    size = config.micro_batch_size
-    if size is None:
-        size = rows & -rows  # the largest power of two in it
-        if machine.device.type != "cuda":
-            return min(size, off_cuda)
-        while size > 1 and machine.sum(not fits(size)):  # all ranks agree
-            size //= 2
-    if rows % size:
-        near = sorted((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(n - size))
-        raise ValueError(
-            f"micro_batch_size {size} * block_size {T} * {machine.world_size} ranks does not "
-            f"divide {flag} {tokens}: give --micro_batch_size {' or '.join(map(str, near[:3]))}"
-        )
-    return size
-
-
-def fits_in_memory(model: GPT, machine: Machine, rows: int) -> bool:
-    """Try a forward and backward pass beside the optimizer's state; eager, to save compiling."""
-    x = torch.zeros(rows, model.config.block_size, dtype=torch.long, device=machine.device)
-    fitted = True
-    try:
-        # AdamW's two moments and DDP's buckets, which do not exist yet
-        ballast = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
-        with machine.autocast, torch.compiler.set_stance("force_eager"):
-            model(x, x).backward()
-        del ballast
-    except torch.OutOfMemoryError:
-        fitted = False
-    model.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
-    return fitted
 
 
 # -----------------------------------------------------------------------------
@@ -326,9 +197,6 @@ def token_stream(config: BenchConfig, T: int, B: int, device: torch.device) -> I
 
 def look_around(config: BenchConfig) -> dict[str, Any]:
     """Return what the ladder has to know of this machine, and the results are to say of it."""
-    from fineweb import count_cores
-    from plot import software
-
     with train_gpt2.set_up_machine(config.train_config()) as machine:
         cuda = machine.device.type == "cuda"
         compiling, missing = choose_compile(config.compile, machine.device)
@@ -373,7 +241,7 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
         )
         if rung.largest_batch:
             size = B * accum & -(B * accum)
-            while size > 1 and not fits_in_memory(model, machine, size):
+            while size > 1 and not fits_in_memory(model, size, machine.autocast):
                 size //= 2
             B, accum = size, B * accum // size
         if rung.compile == "blocks":
@@ -399,7 +267,8 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
             wait_for(device)
             seconds.append(time.perf_counter() - start)
             cpu_seconds.append(time.process_time() - cpu_start)
-        peak = peak_flops(device)
+        peak, size = peak_flops(device), model.config
+        token_flops = flops_per_token(n_params, size.n_layer, size.n_embd, T)
         return {
             "compiled": rung.compile != "no",
             "first_step": seconds[0],
@@ -409,9 +278,7 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
             "peak_memory": peak_memory(device),
             "micro_batch_size": B,
             "batch_tokens": B * T * accum,
-            "mfu_seconds": flops_per_token(model.config, n_params) / peak * B * T * accum
-            if peak
-            else None,
+            "mfu_seconds": token_flops / peak * B * T * accum if peak else None,
         }
 
 
@@ -441,8 +308,6 @@ def apart(function: Callable, *args: Any) -> Any:
 
 def climb(config: BenchConfig) -> dict[str, Any]:
     """Measure every rung in every round; return the machine, the settings and a row for each."""
-    from export import plain
-
     facts = apart(look_around, config)
     rungs, left_out = ladder(facts)
     runs: dict[str, list[dict]] = {rung.name: [] for rung in rungs}
@@ -555,8 +420,6 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def bench(config: BenchConfig) -> None:
     """Climb the ladder; print the table, write what was asked for."""
-    from shards import atomic_write
-
     results = climb(config)
     print(table(results))
     if config.out:
@@ -567,8 +430,6 @@ def bench(config: BenchConfig) -> None:
 
 
 def main() -> None:
-    from fineweb import run_command
-
     run_command(BenchConfig, bench)
 
 

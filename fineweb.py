@@ -15,50 +15,27 @@ shard again.
 
 import bisect
 import contextlib
-import functools
 import glob
-import hashlib
-import io
-import os
-import re
 import shutil
-import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
-from corpus import (
-    Source,
-    Unit,
-    blame,
-    count_cores,
-    file_kind,
-    find_source,
-    retry,
-    source_units,
-    unit_texts,
-    worker_pool,
-)  # fmt: skip
-from shards import (
-    EOT,
-    MANIFEST,
-    locked,
-    read_manifest,
-    say,
-    shard_fault,
-    write_manifest,
-    write_shard,
-)  # fmt: skip
-
-if TYPE_CHECKING:
-    import tiktoken
+from common.cli import advice, run_command, say
+from common.corpus import Source, Unit, blame, file_kind, find_source, source_units, unit_texts
+from common.files import locked
+from common.hub import retry
+from common.shards import MANIFEST, read_manifest, shard_fault, write_manifest, write_shard
+from common.tokenizer import EOT, RANKS_SHA256, encode
+from common.workers import count_cores, worker_pool
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -106,120 +83,6 @@ class DataConfig:
             path = Path(self.source).resolve()
             name = path.parent.name if glob.has_magic(path.name) else path.name.split(".")[0]
         return Path("data", name)
-
-
-# -----------------------------------------------------------------------------
-# command line (shared by every script)
-
-Config = TypeVar("Config")
-
-
-def run_command(config_class: type[Config], run: Callable[[Config], None]) -> None:
-    """Parse the command line into `config_class` and call `run` with it.
-
-    A user's mistake (a flag tyro refuses; ValueError or OSError from the configuration or from
-    `run`) becomes one line on stderr, `<script>: error: <what>: <what to do>`, and exit code 2.
-    Under torchrun rank 0 alone prints it.
-    """
-    import tyro
-
-    script = Path(sys.argv[0]).name
-    complaint = io.StringIO()  # tyro draws its errors as a box: kept here, printed as a line
-    try:
-        with contextlib.redirect_stderr(complaint):
-            config = tyro.cli(config_class, prog=script)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()]
-        end = next((i for i, line in enumerate(lines) if line.startswith("──") or not line), None)
-        message = " ".join(lines[1:end])
-        raised = f"Error parsing {config_class.__name__}: "
-        if message.startswith(raised):  # by the configuration, which says what to do
-            _fail(script, message.removeprefix(raised))
-        _fail(script, message.rstrip(".") + f": see python {script} --help")
-    except ValueError as error:
-        _fail(script, str(error))
-    try:
-        run(config)
-    except (ValueError, OSError) as error:
-        _fail(script, str(error))
-
-
-def collect_stop_signals() -> list[int]:
-    """Return a list that SIGTERM, SIGINT and SIGUSR1 go to; a second one of a kind acts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), note)
-    return received
-
-
-def _fail(script: str, message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-# -----------------------------------------------------------------------------
-# tokenizer
-
-RANKS_PATH = Path(__file__).parent / "assets" / "gpt2.tiktoken"
-RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-
-
-@functools.cache
-def get_tokenizer() -> "tiktoken.Encoding":
-    """Return the GPT-2 byte-pair encoding, read from assets/: nothing is ever downloaded.
-
-    Raises ValueError if the file of merge ranks is not the one OpenAI published.
-    """
-    import tiktoken
-    from tiktoken.load import load_tiktoken_bpe
-
-    if hashlib.sha256(RANKS_PATH.read_bytes()).hexdigest() != RANKS_SHA256:
-        raise ValueError(f"{RANKS_PATH} is damaged: restore it with `git checkout {RANKS_PATH}`")
-    return tiktoken.Encoding(
-        name="gpt2",
-        # GPT-2's own split into words, numbers, punctuation and white space, in the form without
-        # backtracking that tiktoken uses for it
-        pat_str=r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++"""
-        r"""| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
-        mergeable_ranks=load_tiktoken_bpe(str(RANKS_PATH)),
-        special_tokens={"<|endoftext|>": EOT},
-        explicit_n_vocab=50257,
-    )
-
-
-# Where a text may be cut without changing its tokens: in no piece of GPT-2's split does white space
-# follow anything else, and a run of white space before a word is one piece but for its last blank.
-# \s without \x1c-\x1f is what the tokenizer's regex engine calls white space.
-SPACE = r"[^\S\x1c-\x1f]"
-SAFE_CUT = re.compile(rf"(?<=\S)(?={SPACE})|(?<={SPACE})(?={SPACE}\S)")
-PART_CHARS = 1 << 18  # tiktoken fails at a million blanks in a row and takes ten bytes for each
-
-
-def encode(text: str) -> np.ndarray:
-    """Return the uint16 tokens of one document, equal to `encode_ordinary` of the whole.
-
-    <|endoftext|> in the text is ordinary text. Long texts are tokenised in parts.
-    """
-    tokenizer, parts, start = get_tokenizer(), [], 0
-    while start < len(text):
-        cut = SAFE_CUT.search(text, start + PART_CHARS)
-        part = text[start : cut.start() if cut else len(text)]
-        start += len(part)
-        try:
-            tokens = tokenizer.encode_to_numpy(part, disallowed_special=())  # 10% faster, no list
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON can have: becomes U+FFFD
-            tokens = np.array(tokenizer.encode_ordinary(part))
-        parts.append(tokens.astype(np.uint16))
-    return np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
 
 # -----------------------------------------------------------------------------
@@ -335,6 +198,9 @@ class TokenStream:
 # the run
 
 
+AFTER_DISK_FULL = "all shards before it are kept, make room and run the same command to carry on"
+
+
 def check_space(config: DataConfig, source: Source, done: int) -> None:
     """Say how much room the shards will take; raise OSError if there is less.
 
@@ -353,11 +219,22 @@ def check_space(config: DataConfig, source: Source, done: int) -> None:
 
 
 def tokenize(config: DataConfig) -> None:
-    """Make the shards, or go on with making them, or repair them."""
+    """Make the shards of a source: start, carry on after a stop, or repair damaged ones."""
     folder = config.folder
-    with locked(folder):
-        manifest, finished = read_manifest(folder)
-        source = find_source(config, manifest)
+    with contextlib.ExitStack() as stack:
+        with advice("choose another --out_dir"):
+            stack.enter_context(locked(folder))
+        with advice(f"delete {folder} and start again"):
+            manifest, finished = read_manifest(folder)
+        source = find_source(
+            config.source,
+            dataset=config.dataset,
+            name=config.config_name,
+            split=config.split,
+            text_column=config.text_column,
+            retry_minutes=config.retry_minutes,
+            manifest=manifest,
+        )
         settings = {
             "source": source.name,
             "text_column": config.text_column,
@@ -375,14 +252,18 @@ def tokenize(config: DataConfig) -> None:
         manifest = manifest or {**settings, "files": files, "tokens": 0, "shards": []}
         shards = manifest["shards"]
         damaged = [i for i, shard in enumerate(shards) if shard_fault(folder, shard, False)]
-        if not finished and source.name != "pydocs":  # a few megabytes, known when they are made
+        if not finished and source.name != "pydocs":  # its few megabytes are known only once made
             check_space(config, source, manifest["tokens"])
         try:
-            with worker_pool(config.num_proc) as pool:  # starts processes only when there is work
+            # a pool starts its processes only when there is work
+            with worker_pool(config.num_proc) as pool:
                 for index in damaged:
                     repair_shard(config, manifest, source, index, pool)
                 if not finished:
                     make_shards(config, manifest, source, pool)
+        except BrokenProcessPool:
+            what = "a worker process died, perhaps because memory ran out"
+            raise OSError(f"{what}: try a lower --num_proc") from None
         except (ConnectionError, TimeoutError) as error:
             kept = f"{len(shards)} shards in {folder} are kept"
             raise OSError(f"{error}, {kept}: run the same command to carry on") from None
@@ -415,15 +296,17 @@ def make_shards(
                 split = "train" if shards else "val"
                 name = f"edufineweb_{split}_{len(shards):06d}.{config.format}"
                 place += len(part)
-                sha256, end = write_shard(config.folder / name, part), stream.place(place)
-                shards.append({"name": name, "tokens": len(part), "sha256": sha256, "end": end})
-                write_manifest(config.folder, manifest)
+                with advice(AFTER_DISK_FULL):
+                    sha256, end = write_shard(config.folder / name, part), stream.place(place)
+                    shards.append({"name": name, "tokens": len(part), "sha256": sha256, "end": end})
+                    write_manifest(config.folder, manifest)
                 rate = (manifest["tokens"] - done) / (time.monotonic() - began)
                 say(f"{name}: {len(part):,} tokens; {rate:,.0f} tokens a second so far")
             del tokens, part  # before the next shard fills up
     if not shards:
         raise ValueError(f"{config.source} holds no text: check the file, or --text_column")
-    write_manifest(config.folder, manifest, finished=True)
+    with advice(AFTER_DISK_FULL):
+        write_manifest(config.folder, manifest, finished=True)
     if stream.nulls:
         say(f"{stream.nulls:,} rows or files without text were left out")
 
@@ -437,7 +320,9 @@ def repair_shard(
     stream = TokenStream(config, source, shards[index - 1]["end"] if index else [0, 0, 0], pool)
     documents = take_tokens(stream, stream.skip + shard["tokens"])
     tokens = next(pack_shards(documents, shard["tokens"], stream.skip))
-    if write_shard(path, tokens) != shard["sha256"]:
+    with advice(AFTER_DISK_FULL):
+        sha256 = write_shard(path, tokens)
+    if sha256 != shard["sha256"]:
         path.unlink()
         raise ValueError(f"{path}: its source gives other tokens now: delete {config.folder}")
     Path(f"{path}.damaged").unlink(missing_ok=True)
@@ -452,7 +337,8 @@ def verify(config: DataConfig) -> None:
     from tqdm import tqdm
 
     folder, faults = config.folder, []
-    manifest, _ = read_manifest(folder)
+    with advice(f"delete {folder} and make it again"):
+        manifest, _ = read_manifest(folder)
     if manifest is None:
         raise FileNotFoundError(f"{folder} has no {MANIFEST}: name the folder with --out_dir")
     with tqdm(total=manifest["tokens"], unit=" tokens", unit_scale=True, disable=None) as bar:

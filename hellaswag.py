@@ -18,21 +18,25 @@ import http.client
 import json
 import os
 import re
+import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fineweb import EOT, encode, run_command
-from shards import write_atomically
-from train_gpt2 import GPT, Device, Dtype, Machine, TrainConfig, load_model, set_up_machine
+from common.cli import advice, run_command
+from common.files import write_atomically
+from common.hardware import Device, Dtype
+from common.tokenizer import EOT, encode
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -244,7 +248,7 @@ CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 1024, 16384
 HEAD_ROWS = 1024  # logits of so many positions exist at a time: 0.2 GB in float32
 
 
-def token_losses(model: GPT, batch: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+def token_losses(model: nn.Module, batch: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the loss of every predicted token of a batch, and the ending it is of: (N,) each."""
     columns = [[torch.tensor(values) for values in column] for column in zip(*batch, strict=True)]
     tokens, positions, parts = (
@@ -265,7 +269,7 @@ def token_losses(model: GPT, batch: list[Row], device: torch.device) -> tuple[Te
 
 
 @torch.no_grad()
-def ending_losses(model: GPT, questions: Questions, machine: Machine) -> Tensor:
+def ending_losses(model: nn.Module, questions: Questions, machine: Any) -> Tensor:
     """Return the summed loss (n, 4) of every question's endings, the same on every rank.
 
     Batches are formed first and dealt to the ranks afterwards, so that the number of ranks changes
@@ -309,12 +313,12 @@ def summarize(questions: Questions, losses: Tensor) -> dict[str, Any]:
     return {"style": questions.style, "acc": acc, "acc_norm": acc_norm, "n": n}
 
 
-def score(model: GPT, questions: Questions, machine: Machine) -> dict[str, Any]:
+def score(model: nn.Module, questions: Questions, machine: Any) -> dict[str, Any]:
     """Return style, acc, acc_norm and n, the same on every rank."""
     return summarize(questions, ending_losses(model, questions, machine))
 
 
-def questions_for_training(machine: Machine) -> Questions | None:
+def questions_for_training(machine: Any) -> Questions | None:
     """Return the questions in completion style; None, said once, where they are not to be had.
 
     Rank 0 alone downloads them, the others wait.
@@ -335,39 +339,46 @@ def questions_for_training(machine: Machine) -> Questions | None:
 # the command
 
 
-def evaluate(config: HellaSwagConfig) -> None:
-    """Score a model, print the result and write it where asked."""
-    with set_up_machine(TrainConfig(device=config.device, dtype=config.dtype)) as machine:
-        if machine.is_main:
-            ensure_data(config.data)
-        machine.sum(0)  # the other ranks wait for the download
-        questions = load_questions(ensure_data(config.data), config.style, config.limit)
-        model = load_model(config.model, machine.device)
-        start = time.perf_counter()
-        losses = ending_losses(model, questions, machine)
-        if not losses.isfinite().all():
-            raise ValueError("some losses are not finite: try --dtype float32, or another --model")
-        result = summarize(questions, losses) | {"seconds": time.perf_counter() - start}
-        machine.print(
-            f"HellaSwag, style {config.style}: acc {result['acc']:.4f}, acc_norm "
-            f"{result['acc_norm']:.4f} ({result['n']:,} examples, {result['seconds']:.1f} s)"
-        )
-        if config.out and machine.is_main:
-            chosen = zip(*choices(questions, losses), strict=True)
-            lines = [
-                {"index": i, "label": q.label, "losses": loss, "pred": pred, "pred_norm": pred_norm}
-                for i, (q, loss, (pred, pred_norm)) in enumerate(
-                    zip(questions.items, losses.tolist(), chosen, strict=True)
-                )
-            ]
-            lines.append(result | {"model": config.model})
+def evaluate(config: HellaSwagConfig, machine: Any, load_model: Callable[..., nn.Module]) -> None:
+    """Score a model, print the result, and write it to a file if asked."""
+    if machine.is_main:
+        ensure_data(config.data)
+    machine.sum(0)  # the other ranks wait for the download
+    questions = load_questions(ensure_data(config.data), config.style, config.limit)
+    model = load_model(config.model, machine.device)
+    start = time.perf_counter()
+    losses = ending_losses(model, questions, machine)
+    if not losses.isfinite().all():
+        raise ValueError("some losses are not finite: try --dtype float32, or another --model")
+    result = summarize(questions, losses) | {"seconds": time.perf_counter() - start}
+    machine.print(
+        f"HellaSwag, style {config.style}: acc {result['acc']:.4f}, acc_norm "
+        f"{result['acc_norm']:.4f} ({result['n']:,} examples, {result['seconds']:.1f} s)"
+    )
+    if config.out and machine.is_main:
+        chosen = zip(*choices(questions, losses), strict=True)
+        lines = [
+            {"index": i, "label": q.label, "losses": loss, "pred": pred, "pred_norm": pred_norm}
+            for i, (q, loss, (pred, pred_norm)) in enumerate(
+                zip(questions.items, losses.tolist(), chosen, strict=True)
+            )
+        ]
+        lines.append(result | {"model": config.model})
+        with advice("make room, or give another --out"):
             write_atomically(config.out, "".join(json.dumps(x) + "\n" for x in lines).encode())
 
 
 def main() -> None:
-    """Score a model as the command line says."""
-    run_command(HellaSwagConfig, evaluate)
+    # not at the top of this file: training imports it, to score the model while it learns
+    from train_gpt2 import TrainConfig, load_model, set_up_machine
+
+    def run(config: HellaSwagConfig) -> None:
+        with set_up_machine(TrainConfig(device=config.device, dtype=config.dtype)) as machine:
+            evaluate(config, machine, load_model)
+
+    run_command(HellaSwagConfig, run)
 
 
 if __name__ == "__main__":
+    sys.modules["hellaswag"] = sys.modules["__main__"]  # train_gpt2 imports this copy, not a second
     main()

@@ -1,16 +1,21 @@
 """
-GPT-2 and its training, in one file.
+GPT-2 and its training, in one file. This is the outline of a run:
 
     python fineweb.py                                               # the data, once
-    python train_gpt2.py                                            # a CPU, a Mac or one GPU
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py          # eight GPUs
-    python train_gpt2.py --preset tiny --data_dir data/pydocs       # two CPU cores, minutes
+    python train_gpt2.py                                            # on a CPU, a Mac or one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py          # on eight GPUs
+    python train_gpt2.py --preset tiny --data_dir data/pydocs       # on two CPU cores, in minutes
+
+Read it from top to bottom: configuration, model, data, optimizer and schedule, ranks, one step,
+evaluation, the loop. What every command needs lies in common/: checkpoint files, the run's log, the
+tokenizer, the choice of precision. You can follow GPT-2 and its training without opening them.
 
 Shapes: B rows (sequences) of a micro-batch, T tokens of a row, C width of the residual stream
 (n_embd), nh attention heads of size hs (C = nh * hs), V vocabulary padded to a multiple of 128.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -20,7 +25,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,12 +37,40 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from common.checkpoint import (
+    check_same_run,
+    checkpoint_paths,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from common.cli import advice, collect_stop_signals, plain, run_command
+from common.files import locked
+from common.generate import sample_text
+from common.hardware import (
+    Device,
+    Dtype,
+    choose_compile,
+    choose_device,
+    choose_dtype,
+    choose_micro_batch_size,
+    fits_in_memory,
+    flops_per_token,
+    peak_flops,
+    ugly_dimensions,
+)
+from common.huggingface import read_huggingface, write_huggingface
+from common.layer_stats import LayerStats
+from common.runlog import METRICS, RunLog
+from common.shards import fingerprint, open_shards
+from hellaswag import questions_for_training, score
+
 # -----------------------------------------------------------------------------
 # configuration
 
 
 class Preset(NamedTuple):
-    """A model's size and the settings that go with it."""
+    """The size of a model, and the settings that go with it."""
 
     n_layer: int
     n_embd: int
@@ -46,7 +78,7 @@ class Preset(NamedTuple):
     block_size: int
     max_lr: float
     total_batch_size: int  # tokens a step
-    micro_batch_size: int = 8  # rows, where no GPU memory can be probed
+    micro_batch_size: int = 8  # rows, if GPU memory cannot be probed
     max_steps: int = 19073  # 10B tokens at half a million a step
 
 
@@ -64,14 +96,12 @@ PRESETS = {
     "gpt3-6.7b": Preset(32, 4096, 32, 2048, 1.2e-4, 2097152),
     "gpt3-13b": Preset(40, 5120, 40, 2048, 1e-4, 2097152),
 }
-Device = Literal["auto", "cuda", "mps", "cpu"]
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 MODEL_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """The architecture: what a checkpoint needs to rebuild the model."""
+    """The architecture: what a checkpoint needs to build the model again."""
 
     block_size: int = 1024
     vocab_size: int = 50257
@@ -102,12 +132,12 @@ class GPTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train GPT-2. Fields left out take the preset's value; the machine decides what says auto."""
+    """Train GPT-2. The preset sets what you leave out; `auto` lets the machine decide."""
 
     # data
     data_dir: Path = Path("edu_fineweb10B")  # folder of token shards, made by fineweb.py
-    shuffle: bool = True  # permute the windows of every epoch
-    seed: int = 1337  # of initialisation, shuffling, dropout and samples
+    shuffle: bool = True  # shuffle the windows of every epoch
+    seed: int = 1337  # for initialisation, shuffling, dropout and samples
     # model
     preset: Literal[tuple(PRESETS)] = "gpt2"  # size of the model and the settings that go with it
     n_layer: int | None = None  # number of blocks
@@ -115,29 +145,29 @@ class TrainConfig:
     n_embd: int | None = None  # width of the residual stream
     block_size: int | None = None  # context length, in tokens
     vocab_size: int | None = None  # token ids (50257), padded to a multiple of 128 in memory
-    dropout: float = 0.0  # probability; 0 is best when no text is seen often
+    dropout: float = 0.0  # probability; 0 is best if text is seldom repeated
     init_from: str | None = None  # checkpoint, Hugging Face folder or hub name to start from
     # batch
     total_batch_size: int | None = None  # tokens a step, over all ranks
-    micro_batch_size: int | None = None  # rows at a time on one device; left out: what fits
-    batch_ramp_tokens: int = 0  # grow the batch linearly over so many tokens
-    batch_ramp_start: int = 32768  # tokens a step at the start of the ramp, and its granularity
+    micro_batch_size: int | None = None  # rows at a time on one device (default: what fits)
+    batch_ramp_tokens: int = 0  # grow the batch linearly over this many tokens
+    batch_ramp_start: int = 32768  # tokens a step at the start of the ramp; the batch is a multiple
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks
-    max_steps: int | None = None  # the run's budget is so many steps of total_batch_size
-    warmup_steps: int | None = None  # of linear warm-up: 715, or a tenth of max_steps if less
+    max_steps: int | None = None  # the budget of the run, in steps of total_batch_size
+    warmup_steps: int | None = None  # linear warm-up (715, or a tenth of max_steps if less)
     max_lr: float | None = None  # peak learning rate; a tenth of the preset's with --init_from
     schedule: Literal["cosine", "linear"] = "cosine"  # after warm-up; linear: down to zero
-    min_lr_ratio: float = 0.1  # the cosine ends at this part of max_lr
-    weight_decay: float = 0.1  # on tensors of two or more dimensions
-    beta1: float = 0.9  # AdamW's decay of the mean of gradients
-    beta2: float = 0.95  # AdamW's decay of the mean of squared gradients
-    eps: float = 1e-8  # AdamW's guard against division by zero
-    muon_lr: float | None = None  # Muon's peak learning rate, in AdamW's terms (max_lr)
-    muon_momentum: float = 0.95  # Muon's decay of the mean of gradients
+    min_lr_ratio: float = 0.1  # the cosine ends at this fraction of max_lr
+    weight_decay: float = 0.1  # for tensors of two or more dimensions
+    beta1: float = 0.9  # AdamW: decay of the mean of gradients
+    beta2: float = 0.95  # AdamW: decay of the mean of squared gradients
+    eps: float = 1e-8  # AdamW: prevents division by zero
+    muon_lr: float | None = None  # Muon: peak learning rate on AdamW's scale (max_lr)
+    muon_momentum: float = 0.95  # Muon: decay of the mean of gradients
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     # precision and device
-    dtype: Dtype = "auto"  # of matrix products
+    dtype: Dtype = "auto"  # for matrix products
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
     device: Device = "auto"  # where to run
     # evaluation: before the first step, every so many steps, and after the last; 0: never
@@ -146,16 +176,16 @@ class TrainConfig:
     hellaswag_every: int | None = None  # steps between HellaSwag scores (250 on CUDA, else 0)
     val_tokens: int | None = None  # tokens of a validation (10485760 on CUDA, else 65536)
     # run
-    out_dir: Path = Path("log")  # folder of metrics.jsonl and checkpoints
+    out_dir: Path = Path("log")  # folder for metrics.jsonl and checkpoints
     checkpoint_every: int = 1000  # steps; 0: only at the end and on a signal
     keep_checkpoints: int = 2  # how many of the newest to keep; 0: all
-    resume: bool = False  # go on from the newest checkpoint in out_dir, if there is one
-    max_skipped: int = 10  # steps in a row with a loss or gradient that is not finite: give up
-    timeout_minutes: float = 10.0  # a rank silent for so long ends a distributed run
-    # what is recorded besides the usual lines of metrics.jsonl
+    resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
+    max_skipped: int = 10  # stop after so many steps in a row with a loss or norm not finite
+    timeout_minutes: float = 10.0  # a rank that is silent for so long ends a distributed run
+    # what else is recorded
     stats_every: int = 0  # steps between records of how each layer is updated; 0: never
-    tensorboard: bool = False  # the same numbers for TensorBoard, in out_dir
-    wandb: bool = False  # the same numbers for Weights & Biases
+    tensorboard: bool = False  # send the same numbers to TensorBoard, in out_dir
+    wandb: bool = False  # send the same numbers to Weights & Biases
 
     def __post_init__(self) -> None:
         preset = PRESETS[self.preset]
@@ -179,10 +209,10 @@ class TrainConfig:
                 f"{self.total_batch_size}: give a divisor of it"
             )
         if self.init_from is None:
-            self.model_config()  # raises where the dimensions do not fit together
+            self.model_config()  # raises if the dimensions do not fit together
 
     def model_config(self) -> GPTConfig:
-        """The architecture that the preset and the flags ask for."""
+        """Return the architecture that the preset and the flags ask for."""
         return GPTConfig(**{name: getattr(self, name) for name in (*MODEL_FIELDS, "dropout")})
 
     @property
@@ -201,36 +231,43 @@ class TrainConfig:
 
 
 class CausalSelfAttention(nn.Module):
+    """Let each position gather information from itself and the positions before it."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one
+        # query, key and value in one product: one large product is faster than three small ones
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
         B, T, C = x.shape
-        # each of q, k, v: (B, nh, T, hs)
+        # Each head works on its own hs = C / nh numbers of a position. q, k, v: (B, nh, T, hs)
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        if cache is not None:  # generating text: see sample.py
+        if cache is not None:  # sampling keeps the keys and values of earlier tokens
             k, v = cache.extend(k, v)
-        # softmax(q k^T / sqrt(hs)) v without ever storing the T x T matrix
+        # softmax(q k^T / sqrt(hs)) v. A query asks, keys answer, values are what is passed on.
+        # Flash attention (Dao et al., 2022) works in blocks and never stores the T x T scores:
+        # for B = 8, T = 1024 they would be 200 MB a layer in bfloat16.
         y = F.scaled_dot_product_attention(
             q, k, v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
+            is_causal=mask is None and T > 1,  # position t must not see t+1, which it predicts
         )  # (B, nh, T, hs)  # fmt: skip
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
+    """Process each position by itself: widen to 4C, apply a non-linearity, project back to C."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.gelu = nn.GELU(approximate="tanh")  # the approximation GPT-2 was trained with
+        self.gelu = nn.GELU(approximate="tanh")  # GPT-2 was trained with this approximation
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -239,6 +276,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention, then an MLP, each added to the residual stream."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -247,6 +286,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+        # "Pre-norm": LayerNorm is inside the branches, so nothing but additions lies on the way
+        # from the loss to the embedding. The gradient reaches every layer at full strength.
         x = x + self.attn(self.ln_1(x), mask, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -261,26 +302,32 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),  # learned, not sines
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
                 ln_f=nn.LayerNorm(config.n_embd),
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # one matrix reads and writes tokens
+        # One matrix reads and writes tokens (Press and Wolf, 2017): tokens that can replace each
+        # other should be close in both. It saves 38.6M of 163M parameters at 124M.
+        self.lm_head.weight = self.transformer.wte.weight
         self._init_weights()
 
     def _init_weights(self) -> None:
-        # Every block adds to the residual stream twice. Scaling those 2 * n_layer projections by
-        # 1/sqrt(2 * n_layer) keeps its variance the same at any depth (GPT-2 paper, section 2.3).
+        # 0.02 is close to 1/sqrt(C) for the widths of GPT-2 (0.036 at 768, 0.025 at 1600): outputs
+        # of a layer start about as large as its inputs. It also makes the first loss ln(V): all
+        # logits are near 0, so every token gets the same probability.
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
+                # Each of the n_layer blocks adds to the residual stream twice. A sum of n equal
+                # independent terms grows like sqrt(n), so these projections start smaller by
+                # 1/sqrt(2 * n_layer) (GPT-2 paper, section 2.3).
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
-                nn.init.zeros_(p)
+                nn.init.zeros_(p)  # the gains of LayerNorm are 1 already
 
     def hidden(
         self,
@@ -291,32 +338,68 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return the final hidden states (B, T, C) of token ids (B, T).
 
-        `positions` (B, T) or (T,), `mask` (True where a query sees a key) and `caches` (one a
-        layer) serve scoring and sampling; left out, row t is position t and sees all before it.
+        Scoring and sampling use `positions` (B, T) or (T,), `mask` (True if a query sees a key)
+        and `caches` (one a layer). By default row t is position t and sees all rows before it.
         """
         if positions is None:
             T, most = idx.size(1), self.config.block_size
             assert T <= most, f"{T} tokens, block_size {most}"
             positions = torch.arange(T, device=idx.device)
+        # Attention itself does not know the order of its inputs, so each position adds a vector.
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for i, block in enumerate(self.transformer.h):
             x = block(x, mask, caches[i] if caches else None)
         return self.transformer.ln_f(x)  # (B, T, C)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return the logits (B, T, V); or, given targets (B, T), the mean loss in nats.
+        """Return the logits (B, T, V) or, with targets (B, T), the mean loss in nats.
 
-        Targets of -1 do not count. The logits of the padded ids mean nothing: cut them off at
-        `config.vocab_size` before choosing a token.
+        Targets of -1 do not count. The logits of padded ids have no meaning: cut them off at
+        `config.vocab_size` before you choose a token.
         """
         x = self.hidden(idx)
         return self.lm_head(x) if targets is None else self.loss(x, targets)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy of hidden states (B, T, C) against targets (B, T)."""
-        logits = self.lm_head(x).flatten(0, 1)  # (B*T, V), the largest tensor there is
-        # softmax needs float32; the compiler fuses the cast, so that no such copy is ever stored
+        # All T positions of a row are predicted at once: T training examples for one pass.
+        logits = self.lm_head(x).flatten(0, 1)  # (B*T, V), the largest tensor of all
+        # A sum of 50,000 exponentials needs more than bfloat16's 8 bits. The compiler puts the cast
+        # inside its loop, so the float32 logits (3.3 GB at B = 16) are never stored.
         return F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-1)
+
+
+def build_model(model_config: dict[str, Any], weights: dict[str, Tensor]) -> GPT:
+    """Return a model with these weights, taken over without a copy, in float32 on the CPU.
+
+    An embedding without padding gets it. Raises ValueError that names what is missing or differs.
+    """
+    try:
+        config = GPTConfig(**model_config)
+        weights = {name: weight.float() for name, weight in weights.items()}
+        wte = weights.get("transformer.wte.weight", torch.empty(0, 0))
+        if len(wte) == config.vocab_size:
+            # Not zeros: GPT-2's logits lie around -30 to -100, where a logit of 0 would take all
+            # the probability. The logit of the mean row is the mean logit, and exp(mean) is at most
+            # the mean of exp (Jensen): 47 such rows take at most 47/50257 of it.
+            padding = wte.mean(dim=0).expand(config.padded_vocab_size - len(wte), -1)
+            weights["transformer.wte.weight"] = wte = torch.cat([wte, padding])
+        shapes = {  # looked at before anything is built: a damaged file may ask for a huge model
+            "transformer.wte.weight": (config.padded_vocab_size, config.n_embd),
+            "transformer.wpe.weight": (config.block_size, config.n_embd),
+            f"transformer.h.{config.n_layer - 1}.ln_1.weight": (config.n_embd,),
+        }
+        for name, shape in shapes.items():
+            found = tuple(weights[name].shape) if name in weights else "missing"
+            if found != shape or config.n_layer > len(weights):
+                raise ValueError(f"weights of another architecture: {name} is {found}, not {shape}")
+        with torch.device("meta"):  # shapes without memory: the weights bring their own
+            model = GPT(config)
+        model.load_state_dict({**weights, "lm_head.weight": wte}, assign=True)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise ValueError(f"weights of another architecture: {error}") from None
+    model.lm_head.weight = model.transformer.wte.weight  # tied again
+    return model
 
 
 def load_model(name_or_path: str | Path | None, device: torch.device | str = "cpu") -> GPT:
@@ -324,26 +407,29 @@ def load_model(name_or_path: str | Path | None, device: torch.device | str = "cp
 
     `name_or_path`: a checkpoint `*.pt`, a folder in Hugging Face format, or a hub name such as
     `gpt2`; None: the newest checkpoint in log/, else `gpt2`. Raises ValueError or
-    FileNotFoundError where there is no such model or its file is damaged.
+    FileNotFoundError if there is no such model or its file is damaged.
     """
-    from export import build_model, checkpoint_paths, read_checkpoint, read_huggingface
-
     if name_or_path is None:
         name_or_path = next(iter(checkpoint_paths(Path("log"))), "gpt2")
     if str(name_or_path).endswith(".pt"):
-        state = read_checkpoint(Path(name_or_path))
-        model = build_model(GPTConfig(**state["model_config"]), state["model"])
+        with advice("give another model"):
+            state = read_checkpoint(Path(name_or_path))
+        model_config, weights = state["model_config"], state["model"]
     else:
-        model = read_huggingface(str(name_or_path))
+        model_config, weights = read_huggingface(str(name_or_path))
+    try:
+        model = build_model(model_config, weights)
+    except ValueError as error:
+        raise ValueError(f"{name_or_path}: {error}: give another model") from None
     return model.to(device).eval()
 
 
 def compile_model(model: GPT) -> None:
-    """Compile in place, by block: all blocks share one graph, compiled once whatever the depth."""
+    """Compile in place, block by block: all blocks share one graph, so it is compiled once."""
     from torch._functorch import config
 
-    # On a CPU the backward pass computes norms, GELU and casts again instead of being handed them:
-    # as fast, in an eighth less memory (benchmarks/ladder_cpu.md).
+    # On a CPU the backward pass computes norms, GELU and casts again instead of storing them: the
+    # same speed in an eighth less memory (benchmarks/ladder_cpu.md).
     config.ban_recompute_materialized_backward = next(model.parameters()).device.type != "cpu"
     for block in model.transformer.h:
         block.compile(dynamic=False)
@@ -364,14 +450,14 @@ def window_order(n_windows: int, seed: int, epoch: int) -> np.ndarray:
 class Windows:
     """The windows of one split: shards cut into rows of T inputs and, shifted by one, T targets.
 
-    Window i of a shard is its tokens [i*T, i*T + T]; none crosses shards; the tail is dropped.
+    Window i of a shard is its tokens [i*T, i*T + T]. No window crosses shards, and the rest at the
+    end of a shard is dropped.
     """
 
     def __init__(self, data_dir: Path, split: str, block_size: int, vocab_size: int):
-        from shards import open_shards
-
         self.block_size = block_size
         self.shards = open_shards(data_dir, split, vocab_size)  # memory-mapped
+        # a window needs T + 1 tokens, as the last input needs a target: hence n - 1
         self.ends = np.cumsum([max(0, len(s) - 1) // block_size for s in self.shards])
         self._order: tuple[Any, np.ndarray] = (None, np.empty(0))
 
@@ -387,12 +473,12 @@ class Windows:
             start = (int(window) - int(self.ends[shard - 1] if shard else 0)) * T
             row[:] = self.shards[shard][start : start + T + 1]
         rows = torch.from_numpy(rows)
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1], rows[:, 1:]  # position t predicts token t + 1
 
     def stream(self, start: int, count: int, seed: int | None) -> np.ndarray:
         """Return windows [start, start + count) of the endless stream of epochs.
 
-        Every epoch is all windows: in order, or permuted where a seed is given.
+        Every epoch is all windows: in order, or permuted if there is a seed.
         """
         parts = []
         while count:
@@ -413,7 +499,8 @@ def micro_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's inputs and targets, (B, T) each, for every micro-step of the rest of a run.
 
-    A thread reads them a few micro-batches ahead of their use.
+    What a step reads depends only on the windows used before it, not on ranks, micro-batch or
+    restarts. A thread reads a few micro-batches ahead, so that the device does not wait.
     """
     T = windows.block_size
 
@@ -435,7 +522,7 @@ def micro_batches(
             (step, micro_step, _), batch = ahead.popleft()
             x, y = batch.result()
             ahead.extend((place, reader.submit(read, place[2])) for place in islice(todo, 1))
-            if config.dropout:
+            if config.dropout:  # the same masks after a restart: the seed depends on place alone
                 key = np.random.SeedSequence((config.seed, step, micro_step, machine.rank))
                 torch.manual_seed(int(key.generate_state(1)[0]))
             yield x.to(machine.device, non_blocking=True), y.to(machine.device, non_blocking=True)
@@ -446,11 +533,12 @@ def micro_batches(
 
 
 class Muon(torch.optim.Muon):
-    """Muon (Jordan et al., 2024), its work dealt out over the ranks.
+    """Muon (Jordan et al., 2024), with its work shared among the ranks.
 
-    It replaces a matrix's averaged gradient by the nearest orthogonal matrix, scaled to the size
-    of AdamW's updates (Liu et al., 2025, section 2.2). Each rank does so with its own share of the
-    matrices; then all exchange the weights. Up to date is only the owner's momentum.
+    It replaces the averaged gradient of a matrix by the nearest orthogonal matrix, so that every
+    direction moves equally, scaled to the size of AdamW's updates (Liu et al., 2025, section 2.2).
+    Each rank does this for its share of the matrices; then the ranks exchange the weights. Only
+    the owner of a matrix has its current momentum.
     """
 
     def __init__(self, matrices: list[nn.Parameter], config: TrainConfig, machine: "Machine"):
@@ -470,7 +558,7 @@ class Muon(torch.optim.Muon):
     def step(self) -> None:
         for i, p in enumerate(self.matrices):
             if i % self.machine.world_size != self.machine.rank:
-                p.grad = None  # torch's Muon passes over it
+                p.grad = None  # torch's Muon skips it
         super().step()
         self.exchange([p.detach() for p in self.matrices])
 
@@ -483,26 +571,36 @@ class Muon(torch.optim.Muon):
 
 
 def make_optimizers(model: GPT, config: TrainConfig, machine: "Machine") -> dict[str, Any]:
-    """Return AdamW, as "optimizer", and "muon" if asked for; biases and gains do not decay."""
+    """Return AdamW, as "optimizer", and Muon, as "muon", if it is asked for."""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizers = {}
-    if config.optimizer == "muon":  # the embedding, which is also the head, stays with AdamW
+    if config.optimizer == "muon":
+        # Muon is for matrices that map vectors to vectors. The embedding looks up rows, and only a
+        # few of them get a gradient from a batch as input; it stays with AdamW.
         inside = {p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2}
         optimizers["muon"] = Muon([p for p in params if p in inside], config, machine)
         params = [p for p in params if p not in inside]
+    # Weight decay keeps matrices small, so that no direction dominates. Biases and the gains of
+    # LayerNorm only shift and scale: pulling a gain to 0 would switch its channel off.
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [{**group, "peak_lr": config.max_lr, "logged_as": "lr"} for group in groups]
-    # fused: one kernel over all tensors instead of several for each
+    # AdamW (Loshchilov and Hutter, 2019) divides the mean gradient by the root of its mean square:
+    # each weight moves by about the learning rate. beta2 is 0.95, not 0.999, so that a few unusual
+    # batches are forgotten after 20 steps (GPT-3 paper, appendix B).
+    # fused: one kernel for all tensors. It reads and writes 28 bytes a parameter, once.
     betas = (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(groups, config.max_lr, betas, config.eps, fused=True)
     return {"optimizer": adamw, **optimizers}
 
 
 def step_batch_tokens(config: TrainConfig, tokens_seen: int) -> int:
-    """Return the tokens of the step that starts at `tokens_seen`: the ramp, cut at the budget."""
+    """Return the tokens of the step that starts at `tokens_seen`: the ramp, cut at the budget.
+
+    Early gradients agree with each other, so small batches are enough (GPT-3 paper, appendix B).
+    """
     batch = config.total_batch_size
     if tokens_seen < config.batch_ramp_tokens:
         start = config.batch_ramp_start
@@ -514,20 +612,31 @@ def step_batch_tokens(config: TrainConfig, tokens_seen: int) -> int:
 def learning_rate(config: TrainConfig, tokens_seen: int, batch_tokens: int, peak: float) -> float:
     """Return the rate of the step that starts at `tokens_seen`: linear warm-up, then down.
 
-    Warm-up counts the tokens seen once the step is done, so that the first step is not idle.
+    Warm-up counts the tokens seen after the step, so that the first step is not lost.
     """
     warmup = config.warmup_tokens
-    if tokens_seen < warmup:
+    if tokens_seen < warmup:  # AdamW's averages are noisy at first, and large steps would do harm
         return peak * min(1.0, (tokens_seen + batch_tokens) / warmup)
     progress = (tokens_seen - warmup) / (config.budget - warmup)
     if config.schedule == "linear":
         return peak * (1 - progress)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
+def set_learning_rates(
+    optimizers: dict[str, Any], config: TrainConfig, tokens_seen: int, batch_tokens: int
+) -> dict[str, float]:
+    """Set the rate of every parameter group for one step; return the rates by name."""
+    rates = {}
+    for group in (g for optimizer in optimizers.values() for g in optimizer.param_groups):
+        group["lr"] = learning_rate(config, tokens_seen, batch_tokens, group["peak_lr"])
+        rates[group["logged_as"]] = group["lr"]
+    return rates
+
+
 # -----------------------------------------------------------------------------
-# the machine: ranks, precision, compiler
+# the machine: device, precision, ranks
 
 
 @dataclass(frozen=True)
@@ -535,7 +644,7 @@ class Machine:
     """What this process runs on, and its rank among the `world_size` processes of the run."""
 
     device: torch.device
-    dtype: torch.dtype  # of matrix products; everything that is kept is float32
+    dtype: torch.dtype  # of matrix products; parameters and optimizer stay in float32
     rank: int = 0
     world_size: int = 1
 
@@ -545,6 +654,12 @@ class Machine:
 
     @property
     def autocast(self) -> torch.autocast:
+        """Run matrix products in `dtype`, and norms, softmax and loss in float32.
+
+        bfloat16 has the range of float32 with 8 bits of precision instead of 24. A product sums
+        up in float32, so single errors of 0.4% average out. The weights must not be rounded: an
+        update of 6e-4 next to a weight of 0.5 would be lost.
+        """
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def print(self, message: str) -> None:
@@ -552,7 +667,7 @@ class Machine:
             print(message, flush=True)
 
     def sum(self, value: float) -> float:
-        """Add up over the ranks, in float64 where the device has it."""
+        """Return the sum over the ranks, in float64 if the device has it."""
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         total = torch.tensor(value, dtype=dtype, device=self.device)
         if self.world_size > 1:
@@ -563,15 +678,11 @@ class Machine:
 @contextlib.contextmanager
 def set_up_machine(config: TrainConfig) -> Iterator[Machine]:
     """Choose device and precision; under torchrun join the other ranks."""
-    from bench import choose_dtype
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
-    if not there.get(kind, True):
-        raise ValueError(f"device {kind}: torch finds none here: give --device cpu")
-    torch.set_float32_matmul_precision("high")  # TF32 for the products that stay float32
+    with advice("give --device cpu"):
+        kind = choose_device(config.device)
+    # Products that stay in float32 may use TF32 on a GPU: 10 bits of each factor instead of 23, for
+    # several times the speed. A CPU ignores this.
+    torch.set_float32_matmul_precision("high")
     if "RANK" not in os.environ:
         device = torch.device(kind)
         yield Machine(device, choose_dtype(config.dtype, device))
@@ -581,7 +692,9 @@ def set_up_machine(config: TrainConfig) -> Iterator[Machine]:
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=config.timeout_minutes)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else restarted ranks find dead ones' addresses
+    if (
+        os.environ.get("GROUP_WORLD_SIZE") == "1"
+    ):  # or restarted ranks find the old ranks' addresses
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
@@ -589,10 +702,10 @@ def set_up_machine(config: TrainConfig) -> Iterator[Machine]:
     )  # fmt: skip
     try:
         yield Machine(device, choose_dtype(config.dtype, device), rank, world_size)
-        # gloo's threads let go of a tensor a moment after its sum is there. If Python is ending by
-        # then they abort it, so no rank leaves before the last is done.
+        # The threads of gloo release a tensor a moment after its sum is there. If Python ends
+        # before that, they abort it. So no rank leaves before the last one is done.
         if kind == "cpu":
-            with contextlib.suppress(RuntimeError):  # a rank that failed has said so itself
+            with contextlib.suppress(RuntimeError):  # a rank that failed has reported it
                 dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -603,9 +716,9 @@ def set_up_machine(config: TrainConfig) -> Iterator[Machine]:
 
 
 class StepResult(NamedTuple):
-    loss: float  # mean over the whole batch, nats a token
+    loss: float  # mean over the whole batch, in nats a token
     grad_norm: float  # before clipping
-    applied: bool  # False where loss or norm was not finite: the weights are as before
+    applied: bool  # False if loss or norm was not finite: the weights are unchanged
     stop: bool  # some rank was asked to stop
     data_wait: float  # seconds spent waiting for data
 
@@ -620,29 +733,34 @@ def train_step(
     machine: Machine,
     stop: bool = False,
 ) -> StepResult:
-    """Make one update from `grad_accum_steps` micro-batches on every rank.
-
-    The device is waited for once, for loss and norm together; only then is the update applied.
-    """
+    """Make one update from `grad_accum_steps` micro-batches on every rank."""
     report = torch.tensor([0.0, float(stop)], device=machine.device)  # loss, ranks asked to stop
     data_wait = 0.0
+    # Half a million tokens do not fit into memory at once, but their gradient is a mean: it can be
+    # added up over micro-batches.
     for micro_step in range(grad_accum_steps):
         start = time.perf_counter()
         x, y = next(micro_batches)
         data_wait += time.perf_counter() - start
-        if machine.world_size > 1:  # ranks exchange gradients once a step, not once a micro-step
+        if machine.world_size > 1:
+            # DDP averages gradients over the ranks during a backward pass. Sums can wait: once, in
+            # the last micro-step, is enough, and sends 1/grad_accum_steps of the bytes.
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with machine.autocast:
-            # backward adds gradients up: divide, so that the sum is the mean over the batch
+            # Each loss is a mean over its micro-batch, and backward() adds gradients up. Without
+            # the division the gradient would be grad_accum_steps times too large.
             loss = model(x, y) / grad_accum_steps
-        report[0] += loss.detach()
-        scaler.scale(loss).backward()
+        report[0] += loss.detach()  # stays on the device: .item() would wait for it
+        scaler.scale(loss).backward()  # float16 only: lifts small gradients above 6e-8
     for optimizer in optimizers.values():
         scaler.unscale_(optimizer)
+    # One bad batch must not throw the weights far away: a longer gradient is scaled to grad_clip.
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     if machine.world_size > 1:
         dist.all_reduce(report)
+    # The one point in a step where the CPU waits for the device.
     loss_sum, stops, norm = torch.cat([report, norm.view(1)]).tolist()
+    # A NaN in the weights could never be removed. Every rank sees the same sums and decides alike.
     applied = math.isfinite(loss_sum) and math.isfinite(norm)
     for optimizer in optimizers.values():
         if applied:
@@ -655,17 +773,170 @@ def train_step(
 @torch.no_grad()
 def validation_loss(model: GPT, windows: Windows, n: int, B: int, machine: Machine) -> float:
     """Return the mean loss over the first `n` windows, read B at a time on every rank."""
-    model.eval()
+    model.eval()  # no dropout
     total = 0.0
     for first in range(machine.rank * B, n, machine.world_size * B):
         rows = min(B, n - first)
         x, y = windows.read(np.arange(first, first + rows))
-        # fill up with rows that do not count: another shape would be compiled anew
+        # fill up with rows that do not count: another shape would be compiled again
         x, y = F.pad(x, (0, 0, 0, B - rows)), F.pad(y, (0, 0, 0, B - rows), value=-1)
         with machine.autocast:
             total += model(x.to(machine.device), y.to(machine.device)).item() * rows
     model.train()
+    # sums, not means of means: the result is the same for any number of ranks
     return machine.sum(total) / n
+
+
+# -----------------------------------------------------------------------------
+# a run
+
+
+@dataclass(kw_only=True)
+class Run:
+    """All that training works with, and how far it has come."""
+
+    config: TrainConfig
+    machine: Machine
+    model: GPT
+    ddp_model: nn.Module  # the same model; on several ranks it also averages gradients
+    optimizers: dict[str, Any]
+    scaler: torch.amp.GradScaler  # does nothing unless the dtype is float16
+    train_windows: Windows
+    val_windows: Windows
+    data: str  # fingerprint of the shards
+    micro_batch_size: int
+    compiled: bool
+    notes: list[str]  # for the console, before the first step
+    step: int = 0  # updates done
+    tokens_seen: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.tokens_seen >= self.config.budget
+
+
+def initial_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
+    """Return the model of a checkpoint, of --init_from, or a new one, on the CPU."""
+    torch.manual_seed(config.seed)
+    if state:
+        return build_model(state["model_config"], state["model"])
+    if config.init_from is None:
+        return GPT(config.model_config())
+    model = load_model(config.init_from)
+    for name in MODEL_FIELDS:
+        asked, has = getattr(config, name), getattr(model.config, name)
+        if asked not in (None, has):
+            raise ValueError(f"{name} {asked}: {config.init_from} has {has}: leave it out")
+    model_config = dataclasses.replace(model.config, dropout=config.dropout)
+    return build_model(plain(model_config), dict(model.named_parameters()))
+
+
+def open_windows(config: TrainConfig, model_config: GPTConfig) -> tuple[Windows, Windows]:
+    """Return the windows for training and for validation; ValueError if there are too few."""
+    T = model_config.block_size
+    with advice("make or repair the data with fineweb.py, or check --data_dir and --vocab_size"):
+        train, val = (
+            Windows(config.data_dir, split, T, model_config.vocab_size)
+            for split in ("train", "val")
+        )
+    if len(val) < 1 or len(train) * T < config.total_batch_size:
+        raise ValueError(
+            f"{config.data_dir}: {len(train)} training and {len(val)} validation "
+            f"windows of {T} tokens are less than one step of {config.total_batch_size} tokens and "
+            "one window: make more data, or lower --total_batch_size or --block_size"
+        )
+    return train, val
+
+
+def prepare(config: TrainConfig, machine: Machine) -> Run:
+    """Return a new run, or the run of the newest checkpoint with --resume.
+
+    Raises ValueError or FileNotFoundError for what the user has to correct.
+    """
+    device = machine.device
+    holds_a_run = (config.out_dir / METRICS).exists() or checkpoint_paths(config.out_dir)
+    if machine.is_main and holds_a_run and not config.resume:
+        what = f"{config.out_dir} holds a run"
+        raise ValueError(f"{what}: continue it with --resume, or give another --out_dir")
+    with advice("restore one, or start again with another --out_dir"):
+        state = newest_checkpoint(config.out_dir, machine.print) if config.resume else None
+    with advice("make the data with fineweb.py, or give another --data_dir"):
+        data = fingerprint(config.data_dir)
+    with advice("give another --out_dir"):
+        if state:
+            check_same_run(state, plain(config), data)
+    model = initial_model(config, state).to(device).train()
+    train_windows, val_windows = open_windows(config, model.config)
+
+    def fits(rows: int) -> bool:
+        if device.type != "cuda":  # running out of memory there would end the process
+            return rows <= PRESETS[config.preset].micro_batch_size
+        return not machine.sum(not fits_in_memory(model, rows, machine.autocast))  # on all ranks
+
+    flag = "batch_ramp_start" if config.batch_ramp_tokens else "total_batch_size"
+    T, tokens = model.config.block_size, getattr(config, flag)
+    B = choose_micro_batch_size(config.micro_batch_size, tokens, T, machine.world_size, fits, flag)
+    compiled, missing = choose_compile(config.compile, device)
+    if compiled:
+        compile_model(model)
+    size = model.config
+    notes = ugly_dimensions(size.n_embd, size.n_head, T, B) + missing
+    run = Run(
+        config=config, machine=machine, model=model, ddp_model=model, data=data,
+        optimizers=make_optimizers(model, config, machine),
+        # Gradients below 6e-8 are 0 in float16. The scaler multiplies the loss so that they are
+        # not, and lowers its factor when a large one overflows. bfloat16 has the range, needs none.
+        scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16),
+        train_windows=train_windows, val_windows=val_windows,
+        micro_batch_size=B, compiled=compiled, notes=notes,
+    )  # fmt: skip
+    if machine.world_size > 1:
+        # bucket view: gradients live in the buffers that are sent, which saves a copy of them
+        run.ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if state:
+        restore(run, state)
+    return run
+
+
+def restore(run: Run, state: dict[str, Any]) -> None:
+    """Put a run where a checkpoint's state was. The model has its weights already."""
+    for name, optimizer in run.optimizers.items():  # the groups stay as they are configured here
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]["state"]})
+    if run.scaler.is_enabled() and state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["rng"])
+    run.step, run.tokens_seen = state["step"], state["windows_seen"] * run.train_windows.block_size
+    before, now = state["train_config"]["max_steps"], run.config.max_steps
+    if before != now:
+        what = f"max_steps was {before}, is now {now}"
+        run.machine.print(f"warning: {what}: the learning rate follows another curve from here")
+
+
+def save(run: Run, log: RunLog) -> str:
+    """Write a checkpoint; return what failed, or an empty string. All ranks must call it."""
+    states = {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}
+    if not run.machine.is_main:
+        return ""
+    path = run.config.out_dir / f"ckpt_{run.step:06d}.pt"
+    state = dict(
+        model={name: p.detach() for name, p in run.model.named_parameters()},
+        **states,
+        scaler=run.scaler.state_dict(),
+        step=run.step,
+        windows_seen=run.tokens_seen // run.train_windows.block_size,
+        model_config=plain(run.model.config),
+        train_config=plain(run.config),
+        rng=torch.get_rng_state(),
+        data=run.data,
+    )
+    start = time.perf_counter()
+    try:
+        with advice(f"continue from the checkpoint before, in {path.parent}, with --resume"):
+            write_checkpoint(path, state, run.config.keep_checkpoints)
+    except (OSError, RuntimeError) as error:  # the disk is full: next time there may be room
+        return f"{path} could not be written ({error}): make room"
+    log.write("checkpoint", run.step, path=str(path), seconds=time.perf_counter() - start)
+    return ""
 
 
 # -----------------------------------------------------------------------------
@@ -675,209 +946,152 @@ def validation_loss(model: GPT, windows: Windows, n: int, B: int, machine: Machi
 def train(config: TrainConfig) -> None:
     """Train a GPT-2 until its token budget is spent or a signal asks to stop.
 
-    Raises ValueError or FileNotFoundError, before the first step, for what the user has to mend.
+    Raises ValueError or OSError, before the first step, for what the user has to correct.
     """
-    from fineweb import collect_stop_signals
-    from shards import locked
-
     signals = collect_stop_signals()
     with set_up_machine(config) as machine, contextlib.ExitStack() as stack:
         if machine.is_main:
-            stack.enter_context(locked(config.out_dir))  # a second run in it would spoil both
-        finished = train_on(config, machine, signals)
-        if not finished:
-            machine.print("stopped as asked: go on with the same command and --resume")
-    if not finished and "RANK" not in os.environ:
-        sys.exit(128 + signals[0])  # under torchrun a saved stop is no failure
+            with advice("choose another --out_dir"):  # a second run in it would damage both
+                stack.enter_context(locked(config.out_dir))
+        run = prepare(config, machine)
+        if run.finished:
+            done = f"{run.step} steps, {run.tokens_seen:,} tokens"
+            machine.print(f"{config.out_dir}: the run is finished: {done}")
+        else:
+            train_loop(run, signals)
+        if not run.finished:
+            machine.print("stopped as asked: continue with the same command and --resume")
+    if not run.finished and "RANK" not in os.environ:
+        sys.exit(128 + signals[0])  # under torchrun this would count as a failure
 
 
-def train_on(config: TrainConfig, machine: Machine, signals: list[int]) -> bool:
-    """Do what `train` says on this machine; return whether the budget is spent."""
-    import bench
-    import export
-    from hellaswag import questions_for_training, score
-    from plot import LayerStats, RunLog
-    from sample import sample_text
-    from shards import fingerprint
-
-    # a new run, or the state of one to go on with
-    device, out_dir, world_size = machine.device, config.out_dir, machine.world_size
-    cuda = device.type == "cuda"
-    holds_a_run = (out_dir / "metrics.jsonl").exists() or export.checkpoint_paths(out_dir)
-    if machine.is_main and holds_a_run and not config.resume:
-        raise ValueError(f"{out_dir} holds a run: go on with --resume, or give another --out_dir")
-    state = export.newest_checkpoint(out_dir, machine.print) if config.resume else None
-    data = fingerprint(config.data_dir)
-    if state:
-        export.check_same_run(config, state, data)
-    model = export.make_model(config, state).to(device).train()
-    T, n_params = model.config.block_size, sum(p.numel() for p in model.parameters())
-
-    # data
-    train_windows = Windows(config.data_dir, "train", T, model.config.vocab_size)
-    val_windows = Windows(config.data_dir, "val", T, model.config.vocab_size)
-    if len(val_windows) < 1 or len(train_windows) * T < config.total_batch_size:
-        raise ValueError(
-            f"{config.data_dir}: {len(train_windows)} training and {len(val_windows)} validation "
-            f"windows of {T} tokens are less than one step of {config.total_batch_size} tokens and "
-            "one window: make more data, or lower --total_batch_size or --block_size"
-        )
-    val_tokens = config.val_tokens or (10485760 if cuda else 65536)
-    n_val = min(len(val_windows), max(1, val_tokens // T))
-
-    # micro-batch, compiler, optimizer, ranks
-    fits = partial(bench.fits_in_memory, model, machine)
-    off_cuda = PRESETS[config.preset].micro_batch_size
-    B = bench.choose_micro_batch_size(config, T, machine, off_cuda, fits)
-    compiling, missing = bench.choose_compile(config.compile, device)
-    if compiling:
-        compile_model(model)
-    optimizers = make_optimizers(model, config, machine)
-    scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
-    ddp_model: nn.Module = model
-    if world_size > 1:
-        ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    step = tokens_seen = 0
-    if state:
-        for name, optimizer in optimizers.items():  # the groups are as configured here
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]["state"]})
-        if scaler.is_enabled() and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        step, tokens_seen = state["step"], state["windows_seen"] * T
-        if state["train_config"]["max_steps"] != config.max_steps:
-            machine.print(
-                f"warning: max_steps was {state['train_config']['max_steps']}, is now "
-                f"{config.max_steps}: the learning rate takes another course from here"
-            )
-        state = None  # its memory
-        if tokens_seen >= config.budget:
-            machine.print(f"{out_dir}: the run is finished: {step} steps, {tokens_seen:,} tokens")
-            return True
-
-    # the log: metrics.jsonl and the console
-    log = RunLog(out_dir, step, machine.is_main, config.tensorboard, config.wandb)
+def open_log(run: Run) -> RunLog:
+    """Open metrics.jsonl and write down what this run is."""
+    config, machine, model = run.config, run.machine, run.model
+    log = RunLog(config.out_dir, run.step, machine.is_main, config.tensorboard, config.wandb)
+    cuda = machine.device.type == "cuda"
     log.write(
-        "run", step, config=export.plain(config), model_config=export.plain(model.config),
-        n_params=n_params, data=data, micro_batch_size=B, world_size=world_size, compile=compiling,
-        device=torch.cuda.get_device_name(device) if cuda else device.type,
+        "run", run.step, config=plain(config), model_config=plain(model.config),
+        n_params=sum(p.numel() for p in model.parameters()), data=run.data,
+        micro_batch_size=run.micro_batch_size, world_size=machine.world_size, compile=run.compiled,
+        device=torch.cuda.get_device_name(machine.device) if cuda else machine.device.type,
         dtype=str(machine.dtype).removeprefix("torch."),
-        passes=config.budget / (len(train_windows) * T),
+        passes=config.budget / (len(run.train_windows) * model.config.block_size),
     )  # fmt: skip
-    for note in bench.ugly_dimensions(model.config, B) + missing:
+    for note in run.notes:
         machine.print(f"note: {note}")
     if config.resume:
-        machine.print(f"going on after step {step}" if step else "nothing to resume: a new run")
+        new = "nothing to resume: a new run"
+        machine.print(f"continuing after step {run.step}" if run.step else new)
+    return log
 
-    # what a resumed run has logged at this step already: rank 0 knows, all must agree
-    done = {e for e in ("val", "hellaswag", "sample") if machine.sum((e, step) in log.kept)}
-    gpt2_ids = model.config.vocab_size == 50257  # others are not those of our tokenizer
+
+def train_loop(run: Run, signals: list[int]) -> None:
+    """Take steps until the budget is spent or a signal has arrived on some rank."""
+    config, machine, model = run.config, run.machine, run.model
+    B, T, cuda = run.micro_batch_size, model.config.block_size, machine.device.type == "cuda"
+    log = open_log(run)
+    n_params = sum(p.numel() for p in model.parameters())
+    size, peak = model.config, peak_flops(machine.device)
+    token_flops = flops_per_token(n_params, size.n_layer, size.n_embd, T)
+    n_val = max(1, (config.val_tokens or (10485760 if cuda else 65536)) // T)
+    n_val = min(len(run.val_windows), n_val)
+
+    # how often, in steps; HellaSwag and samples need the tokens of GPT-2
+    gpt2_ids = size.vocab_size == 50257
     hellaswag_every = {None: 250 if cuda else 0}.get(config.hellaswag_every, config.hellaswag_every)
     questions = questions_for_training(machine) if hellaswag_every and gpt2_ids else None
-
-    batches = micro_batches(train_windows, config, B, machine, step, tokens_seen)
-    peak, token_flops = bench.peak_flops(device), bench.flops_per_token(model.config, n_params)
-    first_step, stopping, skipped, unsaved = step, False, 0, ""
+    every = {
+        "val": config.eval_every,
+        "hellaswag": hellaswag_every if questions else 0,
+        "sample": config.sample_every if gpt2_ids else 0,
+        "checkpoint": config.checkpoint_every,
+        "stats": config.stats_every,
+    }
+    # What a resumed run has logged at this step already. Rank 0 knows it, and all must agree.
+    done = {e for e in ("val", "hellaswag", "sample") if machine.sum((e, run.step) in log.kept)}
+    done.add("checkpoint")  # nothing new to save before the first step
+    batches = micro_batches(run.train_windows, config, B, machine, run.step, run.tokens_seen)
+    stopping, skipped, unsaved = False, 0, ""
     while True:
-        last = tokens_seen >= config.budget
+        due = {e for e, n in every.items() if n and (run.finished or run.step % n == 0)} - done
+        due, done = set() if stopping else due, set()  # after a signal only saving matters
 
-        def due(every: int, event: str) -> bool:
-            now = every > 0 and (last or step % every == 0)  # noqa: B023
-            return now and not stopping and not (step == first_step and event in done)  # noqa: B023
+        # once in a while: how well does it predict text that it has never seen?
+        if "val" in due:
+            loss = validation_loss(model, run.val_windows, n_val, B, machine)
+            log.write("val", run.step, loss=loss)
 
-        # once in a while: how well does it predict text it has never seen?
-        if due(config.eval_every, "val"):
-            loss = validation_loss(model, val_windows, n_val, B, machine)
-            log.write("val", step, loss=loss)
-
-        # once in a while: does it know how a story goes on?
-        if questions and due(hellaswag_every, "hellaswag"):
-            log.write("hellaswag", step, **score(model, questions, machine))
+        # once in a while: does it know how a story continues?
+        if "hellaswag" in due:
+            log.write("hellaswag", run.step, **score(model, questions, machine))
 
         # once in a while: what does it write?
-        if machine.is_main and gpt2_ids and due(config.sample_every, "sample"):
-            for text in sample_text(model, config.seed, machine):
-                log.write("sample", step, text=text)
+        if "sample" in due and machine.is_main:
+            with machine.autocast:
+                texts = sample_text(model, config.seed)
+            for text in texts:
+                log.write("sample", run.step, text=text)
 
-        # once in a while, and before leaving: keep everything
-        saving = last or stopping or (step > first_step and due(config.checkpoint_every, ""))
-        states = {name: o.state_dict() for name, o in optimizers.items()} if saving else {}
-        if saving and machine.is_main:
-            path = out_dir / f"ckpt_{step:06d}.pt"
-            state = dict(
-                model={name: p.detach() for name, p in model.named_parameters()},
-                **states,
-                scaler=scaler.state_dict(),
-                step=step,
-                windows_seen=tokens_seen // T,
-                model_config=export.plain(model.config),
-                train_config=export.plain(config),
-                rng=torch.get_rng_state(),
-                data=data,
-            )
-            start = time.perf_counter()
-            try:
-                export.write_checkpoint(path, state, config.keep_checkpoints)
-                unsaved = ""
-                log.write("checkpoint", step, path=str(path), seconds=time.perf_counter() - start)
-            except (OSError, RuntimeError) as error:  # disk full: there may be room next time
-                unsaved = f"{path} could not be written ({error}): make room"
-                if last or stopping:
-                    raise OSError(f"{unsaved} and go on with --resume") from None
+        # once in a while, and before leaving: save everything
+        if "checkpoint" in due or run.finished or stopping:
+            unsaved = save(run, log)
+        if unsaved and (run.finished or stopping):
+            raise OSError(f"{unsaved} and continue with --resume")
         if unsaved:
             log.say(f"warning: {unsaved}")
-        if last or stopping:
-            if last and machine.is_main:
-                export.write_huggingface(model, out_dir / "hf")
+        if run.finished and machine.is_main:
+            weights = dict(model.named_parameters())
+            write_huggingface(plain(model.config), weights, config.out_dir / "hf")
+        if run.finished or stopping:
             log.close()
-            return last
+            return
 
-        # one step
-        batch_tokens = step_batch_tokens(config, tokens_seen)
-        lrs = {}
-        for group in (g for optimizer in optimizers.values() for g in optimizer.param_groups):
-            lr = learning_rate(config, tokens_seen, batch_tokens, group["peak_lr"])
-            group["lr"] = lrs[group["logged_as"]] = lr
-        grad_accum_steps = batch_tokens // (B * T * world_size)
-        watching = machine.is_main and due(config.stats_every, "")
+        # one step, with the batch and the learning rates of this place in the budget
+        batch_tokens = step_batch_tokens(config, run.tokens_seen)
+        rates = set_learning_rates(run.optimizers, config, run.tokens_seen, batch_tokens)
+        watching = "stats" in due and machine.is_main
         start = time.perf_counter()
         try:
-            with LayerStats(model, optimizers) if watching else contextlib.nullcontext() as stats:
+            with (
+                LayerStats(model, run.optimizers) if watching else contextlib.nullcontext() as stats
+            ):
                 result = train_step(
-                    ddp_model, optimizers, scaler, batches, grad_accum_steps, config.grad_clip,
-                    machine, stop=bool(signals),
+                    run.ddp_model, run.optimizers, run.scaler, batches,
+                    batch_tokens // (B * T * machine.world_size), config.grad_clip, machine,
+                    stop=bool(signals),
                 )  # fmt: skip
         except torch.OutOfMemoryError:
             smaller = f"--resume with --micro_batch_size {max(1, B // 2)}"
-            raise ValueError(f"out of GPU memory in step {step}: {smaller}") from None
+            raise ValueError(f"out of GPU memory in step {run.step}: {smaller}") from None
         dt = time.perf_counter() - start
-        tokens_seen += batch_tokens
+        run.tokens_seen += batch_tokens
         stopping = result.stop
+
+        # write down what it did
         if result.applied:
-            mfu = batch_tokens / dt * token_flops / (peak * world_size) if peak else None
+            mfu = batch_tokens / dt * token_flops / (peak * machine.world_size) if peak else None
             log.write(
-                "train", step, loss=result.loss, **lrs, grad_norm=result.grad_norm, dt=dt,
-                batch_tokens=batch_tokens, tokens_seen=tokens_seen, mfu=mfu,
+                "train", run.step, loss=result.loss, **rates, grad_norm=result.grad_norm, dt=dt,
+                batch_tokens=batch_tokens, tokens_seen=run.tokens_seen, mfu=mfu,
                 tokens_per_sec=batch_tokens / dt, data_wait=result.data_wait,
             )  # fmt: skip
             if stats:
-                log.write("stats", step, **stats.values(result.grad_norm))
+                log.write("stats", run.step, **stats.values(result.grad_norm))
         else:
             why = f"loss {result.loss}, gradient norm {result.grad_norm}"
-            windows = [(tokens_seen - batch_tokens) // T, tokens_seen // T]
-            log.write("skip", step, why=why, windows=windows)
+            windows = [(run.tokens_seen - batch_tokens) // T, run.tokens_seen // T]
+            log.write("skip", run.step, why=why, windows=windows)
         skipped = 0 if result.applied else skipped + 1
         if skipped and skipped >= config.max_skipped:
             raise ValueError(
                 f"{skipped} steps in a row were not finite: --resume from the last checkpoint with "
                 "other data, or start again with a lower --max_lr"
             )
-        step += 1
+        run.step += 1
 
 
 def main() -> None:
-    from fineweb import run_command
-
     run_command(TrainConfig, train)
 
 

@@ -1,9 +1,4 @@
-"""
-Where the text of fineweb.py comes from: local files, the hub, or the docstrings at hand.
-
-A source is a list of files at a fixed revision. It is cut into units, a run of parquet rows, a
-range of lines or a text file, that any worker process can read by itself.
-"""
+"""Where text comes from: local files, the hub, or docstrings."""
 
 import bisect
 import contextlib
@@ -15,20 +10,14 @@ import itertools
 import json
 import os
 import re
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-from shards import say
-
-if TYPE_CHECKING:
-    from fineweb import DataConfig
+from common.hub import HubFile, find_dataset, retry
+from common.workers import count_cores, worker_pool
 
 # -----------------------------------------------------------------------------
 # a source's files, and the units that they are cut into
@@ -62,42 +51,51 @@ class Unit:
     lines: bytes | None = None  # JSON lines in hand, where workers cannot read from the middle
 
 
-def find_source(config: "DataConfig", manifest: dict[str, Any] | None) -> Source:
-    """Find what to read; from the hub, the revision and files that a manifest has pinned."""
-    if config.source == "pydocs":
+def find_source(
+    source: str,
+    *,
+    dataset: str,
+    name: str | None,
+    split: str,
+    text_column: str,
+    retry_minutes: float,
+    manifest: dict[str, Any] | None,
+) -> Source:
+    """Find the files to read. A hub source keeps the revision and files of its manifest."""
+    if source == "pydocs":
         return find_pydocs()
-    if config.source != "hub":
-        return find_files(config)
-    name = " ".join(["hub", config.dataset, config.config_name or "(default)", config.split])
-    if manifest and manifest["source"] == name:
+    if source != "hub":
+        return find_files(source, text_column)
+    full_name = " ".join(["hub", dataset, name or "(default)", split])
+    if manifest and manifest["source"] == full_name:
         revision, files = manifest["revision"], manifest["files"]
     else:
-        revision, files = retry(lambda: find_dataset(config), config.retry_minutes)
+        revision, files = retry(lambda: find_dataset(dataset, name, split), retry_minutes)
     return Source(
-        name=name,
+        name=full_name,
         revision=revision,
         files=tuple((path, size) for path, size in files),
-        text_column=config.text_column,
-        dataset=config.dataset,
+        text_column=text_column,
+        dataset=dataset,
     )
 
 
-def find_files(config: "DataConfig") -> Source:
-    """Find the files of `--source PATH`, in sorted order."""
+def find_files(pattern: str, text_column: str = "text") -> Source:
+    """Find the local files that match a path or glob, in sorted order."""
     fingerprint, files = hashlib.sha256(), []
-    for path in sorted(glob.glob(config.source, recursive=True)) or [config.source]:
+    for path in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
         if Path(path).is_dir():
             raise ValueError(f"{path} is a folder: name its files, as in '{path}/*.parquet'")
         if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file: check --source")
-        with open(path, "rb") as file:  # size and both ends: few changes leave all of them alike
+        with open(path, "rb") as file:  # size and both ends: nearly every change alters one of them
             size = os.fstat(file.fileno()).st_size
             fingerprint.update(f"{Path(path).name} {size}\n".encode() + file.read(1 << 16))
             file.seek(max(0, size - (1 << 16)))
             fingerprint.update(file.read())
         files.append((path, size))
-    revision, column = fingerprint.hexdigest(), config.text_column
-    return Source(name="local", revision=revision, files=tuple(files), text_column=column)
+    revision = fingerprint.hexdigest()
+    return Source(name="local", revision=revision, files=tuple(files), text_column=text_column)
 
 
 def file_kind(path: str) -> tuple[str, str | None]:
@@ -113,7 +111,9 @@ def open_file(source: Source, file: int) -> BinaryIO:
     if source.name == "pydocs":
         return io.BytesIO(read_pydocs())
     if source.dataset:
-        return io.BufferedReader(HubFile(source, file))
+        path, size = source.files[file]
+        hub_file = HubFile(source.dataset, source.revision, path, size, source.retry_minutes)
+        return io.BufferedReader(hub_file)
     return open(source.files[file][0], "rb")
 
 
@@ -279,136 +279,7 @@ open_parquet = functools.lru_cache(maxsize=1)(ParquetText)  # a worker stays in 
 
 
 # -----------------------------------------------------------------------------
-# the hub
-
-READ_AHEAD = 8 << 20  # bytes, where a file is read in turn
-
-
-class HubFile(io.RawIOBase):
-    """A file on the hub, read by byte ranges: nothing is kept on disk."""
-
-    def __init__(self, source: Source, file: int):
-        self.source, (self.path, self.size) = source, source.files[file]
-        self.at, self.begin, self.data = 0, 0, b""
-
-    def readable(self) -> bool:
-        return True
-
-    seekable = readable
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + (0, self.at, self.size)[whence]
-        return self.at
-
-    def readinto(self, buffer: memoryview) -> int:
-        stop = min(self.size, self.at + len(buffer))
-        if not self.begin <= self.at <= stop <= self.begin + len(self.data):
-            self.fetch(self.at, max(stop, self.at + READ_AHEAD))
-        data = self.data[self.at - self.begin : stop - self.begin]
-        buffer[: len(data)] = data
-        self.at += len(data)
-        return len(data)
-
-    def fetch(self, begin: int, stop: int) -> None:
-        """Get some bytes in one request, for the reads that follow."""
-        self.begin, self.data = begin, b""
-        if begin < (stop := min(stop, self.size)):
-            self.data = retry(lambda: self.request(begin, stop), self.source.retry_minutes)
-
-    def request(self, begin: int, stop: int) -> bytes:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT  # 10 s without a byte
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-        source, data = self.source, b""
-        url = hf_hub_url(source.dataset, self.path, repo_type="dataset", revision=source.revision)
-        headers = {**build_hf_headers(), "Range": f"bytes={begin}-{stop - 1}"}
-        stream = functools.partial(get_session().stream, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
-        with hub_errors(), stream("GET", url, headers=headers) as response:
-            hf_raise_for_status(response)
-            if response.status_code == 206:
-                data = response.read()
-        if len(data) != stop - begin:
-            raise ConnectionError(
-                f"the hub sent {len(data)} of {stop - begin} bytes of {self.path}"
-            )
-        return data
-
-
-@contextlib.contextmanager
-def hub_errors() -> Iterator[None]:
-    """Turn what the hub's client raises into ConnectionError, if trying again may help."""
-    import httpx2
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    try:
-        yield
-    except OfflineModeIsEnabled:
-        hint = "unset it, or give files that you have with --source"
-        raise ValueError(f"HF_HUB_OFFLINE keeps fineweb.py from the hub: {hint}") from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (408, 429) or status >= 500:
-            raise ConnectionError(f"the hub answers {status}") from None
-        raise ValueError(f"{error}: check --dataset, or set HF_TOKEN") from None
-    except RuntimeError as error:  # data sets that are a program
-        raise ValueError(f"{error}: choose another --dataset") from None
-    except (httpx2.TransportError, LocalEntryNotFoundError, json.JSONDecodeError) as error:
-        what = str(error) or type(error).__name__
-        raise ConnectionError(f"the hub does not answer ({what})") from None
-
-
-def find_dataset(config: "DataConfig") -> tuple[str, list[tuple[str, int]]]:
-    """Return the data set's revision, and the paths and sizes of the files of name and split."""
-    import datasets
-    import httpx2
-    from huggingface_hub import HfApi, get_session, set_client_factory
-    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
-
-    settings = {"event_hooks": get_session().event_hooks, "follow_redirects": True}
-    set_client_factory(lambda: httpx2.Client(**settings, timeout=HF_HUB_DOWNLOAD_TIMEOUT))
-    datasets.disable_progress_bars()
-    with hub_errors():
-        revision = HfApi().dataset_info(config.dataset).sha
-        builder = datasets.load_dataset_builder(
-            config.dataset, config.config_name, revision=revision
-        )
-        splits = builder.config.data_files or {}
-        if config.split not in splits:
-            names = ", ".join(splits)
-            raise ValueError(f"{config.dataset} has no {config.split}: --split is one of {names}")
-        paths = [str(url).split(f"@{revision}/", 1)[1] for url in splits[config.split]]
-        files = HfApi().get_paths_info(
-            config.dataset, paths, revision=revision, repo_type="dataset"
-        )
-    sizes = {file.path: file.size for file in files}
-    return revision, [(path, sizes[path]) for path in paths]
-
-
-def retry(call: Callable[[], Any], minutes: float) -> Any:
-    """Return call(), trying again with growing pauses while it raises ConnectionError."""
-    give_up, pause = None, 0.5
-    while True:
-        try:
-            return call()
-        except (ConnectionError, TimeoutError) as error:
-            if not minutes:
-                raise
-            give_up = give_up or time.monotonic() + 60 * minutes
-            if (left := give_up - time.monotonic()) < pause:
-                raise ConnectionError(f"{error}, for {minutes:g} minutes") from None
-            say(f"{error}: trying again in {pause:g} s, for {left / 60:.0f} minutes more")
-            time.sleep(pause)
-            pause = min(60, 2 * pause)
-
-
-# -----------------------------------------------------------------------------
 # pydocs: the docstrings of the standard library and of this project's own requirements
-
 
 PYDOCS_PACKAGES = ("numpy", "torch", "datasets")  # besides the standard library
 
@@ -467,37 +338,3 @@ def docstrings(path: Path) -> list[str]:
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners)]
     return [text for text in texts if text and text.count("\n") >= 3]
-
-
-# -----------------------------------------------------------------------------
-# worker processes
-
-
-def count_cores() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def worker_pool(num_proc: int) -> Iterator[Executor]:
-    """Run worker processes, started in the one way that is the same on every system."""
-    import multiprocessing
-
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_proc, spawn, initializer=start_worker)
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise OSError("a worker died, as for want of memory: try a lower --num_proc") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def start_worker() -> None:
-    """Leave Ctrl-C to the main process, and do not outlive it, not even kill -9."""
-    import multiprocessing
-    import threading
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

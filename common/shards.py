@@ -1,115 +1,23 @@
-"""
-The token shards: their files and their manifest, written by fineweb.py, read by train_gpt2.py.
-"""
+"""Token files and their manifest: written, checked, read."""
 
-import contextlib
 import hashlib
 import io
 import json
 import mmap
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-EOT = 50256  # <|endoftext|>, the largest id there is; it stands before every document
-
-# -----------------------------------------------------------------------------
-# the folder of shards
+from common.files import write_atomically
+from common.tokenizer import EOT
 
 MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
-UNFINISHED = ".unfinished"  # ends the temporary name of a file while it is written
 
 
-def say(message: str) -> None:
-    """Print a line, and leave the progress bar whole."""
-    from tqdm import tqdm
-
-    tqdm.write(message)
-    sys.stdout.flush()
-
-
-def take_lock(folder: Path) -> BinaryIO:
-    """Make the folder and lock it for this process, until the file is closed or it dies."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "ab")  # noqa: SIM115
-    except OSError as error:
-        what = f"{folder} cannot be written ({error.strerror})"
-        raise OSError(f"{what}: choose another --out_dir") from None
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        what = f"{folder} is in use by another run ({error.strerror})"
-        raise ValueError(f"{what}: wait for it, or choose another --out_dir") from None
-    return lock
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock; leave neither it behind nor, where nothing was written, a new folder.
-
-    What a killed run was just writing is removed: nobody else can be writing it now.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        with take_lock(folder):
-            for leftover in folder.glob(f".*{UNFINISHED}"):
-                with contextlib.suppress(OSError):
-                    leftover.unlink()
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    (folder / ".lock").unlink()
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that is either there and whole in the end or not there at all."""
-    temporary = path.with_name(f".{path.name}{UNFINISHED}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    if os.name != "nt":  # the name has to survive a power cut as well
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def write_atomically(path: Path, *parts: bytes | memoryview) -> str:
-    """Write a whole file or none; return its sha256."""
-    digest = hashlib.sha256()
-    try:
-        with atomic_write(path) as file:
-            for part in parts:
-                file.write(part)
-                digest.update(part)
-    except OSError as error:
-        what = f"{path} cannot be written ({error.strerror}), all before it is kept"
-        raise OSError(f"{what}: make room and run the same command to carry on") from None
-    return digest.hexdigest()
+# -----------------------------------------------------------------------------
+# writing and checking
 
 
 def shard_header(tokens: int, format: str) -> bytes:
@@ -135,9 +43,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, bool]:
         except FileNotFoundError:
             continue
         except ValueError:
-            raise ValueError(
-                f"{folder / name} is damaged: delete {folder} and start anew"
-            ) from None
+            raise ValueError(f"{folder / name} is damaged") from None
     return None, False
 
 
@@ -171,7 +77,7 @@ def shard_fault(folder: Path, shard: dict[str, Any], thorough: bool = True) -> s
 
 
 # -----------------------------------------------------------------------------
-# reading the shards (used by train_gpt2.py)
+# reading
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -197,7 +103,7 @@ def read_shard(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise
     except Exception as error:  # numpy raises many kinds on a damaged header
-        raise ValueError(f"{path}: not a whole token shard ({error}): make it again") from None
+        raise ValueError(f"{path}: not a whole token shard ({error})") from None
     return tokens.view(np.ndarray)  # slicing a memmap as such is several times slower
 
 
@@ -210,28 +116,24 @@ def open_shards(data_dir: Path, split: str, vocab_size: int = 50257) -> list[np.
     """
     paths = sorted(p for p in data_dir.glob(f"*_{split}_*") if p.suffix in (".npy", ".bin"))
     if not paths:
-        raise FileNotFoundError(f"{data_dir}: no *_{split}_* shards: make them with fineweb.py")
+        raise FileNotFoundError(f"{data_dir}: no *_{split}_* shards")
     shards = {path.name: read_shard(path) for path in paths}
-    manifest = data_dir / "manifest.json"
+    manifest = data_dir / MANIFEST
     if manifest.exists():
         try:
             promised = {s["name"]: s["tokens"] for s in json.loads(manifest.read_bytes())["shards"]}
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{manifest}: damaged: make the data again") from None
+            raise ValueError(f"{manifest}: damaged") from None
         for name, tokens in promised.items():
             if f"_{split}_" in name and (name not in shards or len(shards[name]) != tokens):
                 found = len(shards[name]) if name in shards else "no"
-                raise ValueError(
-                    f"{data_dir / name}: {found} tokens, {tokens} in manifest.json: "
-                    "run fineweb.py again to repair it"
-                )
+                raise ValueError(f"{data_dir / name}: {found} tokens, {tokens} in {MANIFEST}")
     for name, shard in shards.items():
         for start in range(0, len(shard), max(8192, len(shard) // 16)):
             top = int(shard[start : start + 8192].max())
             if top >= vocab_size:
                 raise ValueError(
-                    f"{data_dir / name}: token id {top}, but vocab_size is {vocab_size}: "
-                    "make the data again with the GPT-2 tokenizer, or give --vocab_size"
+                    f"{data_dir / name}: token id {top}, but vocab_size is {vocab_size}"
                 )
     return list(shards.values())
 
@@ -239,10 +141,18 @@ def open_shards(data_dir: Path, split: str, vocab_size: int = 50257) -> list[np.
 def fingerprint(data_dir: Path) -> str:
     """Identify the data: the manifest's sha256, or one over the shards' names and sizes."""
     if not data_dir.is_dir():
-        raise FileNotFoundError(f"{data_dir}: no such folder: make the data with fineweb.py")
-    manifest = data_dir / "manifest.json"
+        raise FileNotFoundError(f"{data_dir}: no such folder")
+    manifest = data_dir / MANIFEST
     if manifest.exists():
         return hashlib.sha256(manifest.read_bytes()).hexdigest()
     paths = sorted(p for p in data_dir.iterdir() if p.suffix in (".npy", ".bin"))
     listing = "".join(f"{path.name} {path.stat().st_size}\n" for path in paths)
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def data_source(data_dir: Path) -> str | None:
+    """Return where the tokens came from, as their manifest has it; None where there is none."""
+    try:
+        return json.loads((data_dir / MANIFEST).read_bytes())["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

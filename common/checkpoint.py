@@ -1,0 +1,85 @@
+"""A run's state on disk: written whole or not at all, and checked before it is used."""
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.files import atomic_write
+
+
+def checkpoint_paths(out_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run, newest first."""
+    found = [path for path in out_dir.glob("ckpt_*.pt") if path.stem[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem[5:]), reverse=True)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's dict, on the CPU. Raises ValueError if a single byte is wrong."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            if archive.testzip() is not None:
+                raise ValueError("a checksum differs")
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no pickled code
+        if not {"model", "model_config"} <= state.keys():
+            raise ValueError("it holds no model")
+    except Exception as error:  # zipfile, pickle and torch raise many kinds on damage
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a whole checkpoint ({reason})") from None
+    return state
+
+
+def newest_checkpoint(out_dir: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Return the newest checkpoint that is whole, or None if there are no checkpoints."""
+    paths = checkpoint_paths(out_dir)
+    for path in paths:
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            say(f"warning: {error}: trying the one before")
+    if paths:
+        raise ValueError(f"{out_dir}: every checkpoint is damaged")
+    return None
+
+
+def write_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
+    """Write a checkpoint, whole or not at all; then delete all but the `keep` newest (0: none).
+
+    Raises ValueError, and writes nothing, if a weight is not finite.
+    """
+    # A sum is finite only if all its terms are, and it is cheap. (Sums of weights do not overflow.)
+    wrong = [name for name, weight in state["model"].items() if not weight.sum().isfinite()]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not finite, so {path} was not written")
+    with atomic_write(path) as file:
+        torch.save(state, file)
+    for old in checkpoint_paths(path.parent)[keep:] if keep else []:
+        old.unlink()
+
+
+# What makes a run this run: to resume, these settings must be the same. The machine, the precision
+# and how often something is logged may change.
+RUN_IS = (
+    "seed", "shuffle", "total_batch_size", "batch_ramp_tokens", "batch_ramp_start", "optimizer",
+    "max_lr", "warmup_steps", "schedule", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps",
+    "muon_lr", "muon_momentum", "grad_clip",
+)  # fmt: skip
+
+
+def check_same_run(state: dict[str, Any], train_config: dict[str, Any], data: str) -> None:
+    """Raise ValueError, listing the differences, if a checkpoint belongs to another run.
+
+    `train_config` is what this run was asked for (None: not asked), `data` its data's fingerprint.
+    """
+    pairs = {name: (state["train_config"].get(name), train_config[name]) for name in RUN_IS}
+    for name, value in state["model_config"].items():
+        if train_config[name] is not None:
+            pairs[name] = (value, train_config[name])
+    pairs["data"] = (state["data"], data)
+    differ = [f"{name} was {a}, is now {b}" for name, (a, b) in pairs.items() if a != b]
+    if differ:
+        raise ValueError(f"the checkpoint is of another run ({'; '.join(differ)})")
