@@ -24,7 +24,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,7 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from common import hardware
 from common.checkpoint import (
+    build_model,
     check_same_run,
     checkpoint_paths,
     newest_checkpoint,
@@ -47,20 +48,11 @@ from common.checkpoint import (
 from common.cli import advice, collect_stop_signals, plain, run_command
 from common.files import locked
 from common.generate import sample_text
-from common.hardware import (
-    Device,
-    Dtype,
-    choose_compile,
-    choose_device,
-    choose_dtype,
-    choose_micro_batch_size,
-    fits_in_memory,
-    flops_per_token,
-    peak_flops,
-    ugly_dimensions,
-)
+from common.hardware import Device, Dtype
 from common.huggingface import read_huggingface, write_huggingface
 from common.layer_stats import LayerStats
+from common.muon import Muon
+from common.ranks import join_ranks, local_device
 from common.runlog import METRICS, RunLog
 from common.shards import fingerprint, open_shards
 from hellaswag import questions_for_training, score
@@ -369,39 +361,6 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-1)
 
 
-def build_model(model_config: dict[str, Any], weights: dict[str, Tensor]) -> GPT:
-    """Return a model with these weights, taken over without a copy, in float32 on the CPU.
-
-    An embedding without padding gets it. Raises ValueError that names what is missing or differs.
-    """
-    try:
-        config = GPTConfig(**model_config)
-        weights = {name: weight.float() for name, weight in weights.items()}
-        wte = weights.get("transformer.wte.weight", torch.empty(0, 0))
-        if len(wte) == config.vocab_size:
-            # Not zeros: GPT-2's logits lie around -30 to -100, where a logit of 0 would take all
-            # the probability. The logit of the mean row is the mean logit, and exp(mean) is at most
-            # the mean of exp (Jensen): 47 such rows take at most 47/50257 of it.
-            padding = wte.mean(dim=0).expand(config.padded_vocab_size - len(wte), -1)
-            weights["transformer.wte.weight"] = wte = torch.cat([wte, padding])
-        shapes = {  # looked at before anything is built: a damaged file may ask for a huge model
-            "transformer.wte.weight": (config.padded_vocab_size, config.n_embd),
-            "transformer.wpe.weight": (config.block_size, config.n_embd),
-            f"transformer.h.{config.n_layer - 1}.ln_1.weight": (config.n_embd,),
-        }
-        for name, shape in shapes.items():
-            found = tuple(weights[name].shape) if name in weights else "missing"
-            if found != shape or config.n_layer > len(weights):
-                raise ValueError(f"weights of another architecture: {name} is {found}, not {shape}")
-        with torch.device("meta"):  # shapes without memory: the weights bring their own
-            model = GPT(config)
-        model.load_state_dict({**weights, "lm_head.weight": wte}, assign=True)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise ValueError(f"weights of another architecture: {error}") from None
-    model.lm_head.weight = model.transformer.wte.weight  # tied again
-    return model
-
-
 def load_model(name_or_path: str | Path | None, device: torch.device | str = "cpu") -> GPT:
     """Return a trained model in eval mode, float32, on `device`.
 
@@ -418,8 +377,8 @@ def load_model(name_or_path: str | Path | None, device: torch.device | str = "cp
     else:
         model_config, weights = read_huggingface(str(name_or_path))
     try:
-        model = build_model(model_config, weights)
-    except ValueError as error:
+        model = build_model(GPT, GPTConfig(**model_config), weights)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{name_or_path}: {error}: give another model") from None
     return model.to(device).eval()
 
@@ -532,44 +491,6 @@ def micro_batches(
 # optimizer, schedule, batch ramp
 
 
-class Muon(torch.optim.Muon):
-    """Muon (Jordan et al., 2024), with its work shared among the ranks.
-
-    It replaces the averaged gradient of a matrix by the nearest orthogonal matrix, so that every
-    direction moves equally, scaled to the size of AdamW's updates (Liu et al., 2025, section 2.2).
-    Each rank does this for its share of the matrices; then the ranks exchange the weights. Only
-    the owner of a matrix has its current momentum.
-    """
-
-    def __init__(self, matrices: list[nn.Parameter], config: TrainConfig, machine: "Machine"):
-        self.matrices = sorted(matrices, key=Tensor.numel, reverse=True)  # for equal shares
-        self.machine = machine
-        peak_lr = config.max_lr if config.muon_lr is None else config.muon_lr
-        group = {"params": self.matrices, "peak_lr": peak_lr, "logged_as": "muon_lr"}
-        settings = dict(weight_decay=config.weight_decay, momentum=config.muon_momentum)
-        super().__init__([group], adjust_lr_fn="match_rms_adamw", **settings)
-
-    def exchange(self, tensors: list[Tensor]) -> None:
-        """Send each tensor from the rank that owns its matrix to all others."""
-        if (n := self.machine.world_size) > 1:
-            for sent in [dist.broadcast(t, i % n, async_op=True) for i, t in enumerate(tensors)]:
-                sent.wait()
-
-    def step(self) -> None:
-        for i, p in enumerate(self.matrices):
-            if i % self.machine.world_size != self.machine.rank:
-                p.grad = None  # torch's Muon skips it
-        super().step()
-        self.exchange([p.detach() for p in self.matrices])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state with every momentum; all ranks must call it."""
-        for p in self.matrices:
-            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p).detach())
-        self.exchange([self.state[p]["momentum_buffer"] for p in self.matrices])
-        return super().state_dict()
-
-
 def make_optimizers(model: GPT, config: TrainConfig, machine: "Machine") -> dict[str, Any]:
     """Return AdamW, as "optimizer", and Muon, as "muon", if it is asked for."""
     params = [p for p in model.parameters() if p.requires_grad]
@@ -578,7 +499,11 @@ def make_optimizers(model: GPT, config: TrainConfig, machine: "Machine") -> dict
         # Muon is for matrices that map vectors to vectors. The embedding looks up rows, and only a
         # few of them get a gradient from a batch as input; it stays with AdamW.
         inside = {p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2}
-        optimizers["muon"] = Muon([p for p in params if p in inside], config, machine)
+        optimizers["muon"] = Muon(
+            [p for p in params if p in inside], config.weight_decay, config.muon_momentum,
+            machine.rank, machine.world_size, logged_as="muon_lr",
+            peak_lr=config.max_lr if config.muon_lr is None else config.muon_lr,
+        )  # fmt: skip
         params = [p for p in params if p not in inside]
     # Weight decay keeps matrices small, so that no direction dominates. Biases and the gains of
     # LayerNorm only shift and scale: pulling a gain to 0 would switch its channel off.
@@ -679,36 +604,13 @@ class Machine:
 def set_up_machine(config: TrainConfig) -> Iterator[Machine]:
     """Choose device and precision; under torchrun join the other ranks."""
     with advice("give --device cpu"):
-        kind = choose_device(config.device)
+        kind = hardware.choose_device(config.device)
     # Products that stay in float32 may use TF32 on a GPU: 10 bits of each factor instead of 23, for
     # several times the speed. A CPU ignores this.
     torch.set_float32_matmul_precision("high")
-    if "RANK" not in os.environ:
-        device = torch.device(kind)
-        yield Machine(device, choose_dtype(config.dtype, device))
-        return
-    device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    timeout = timedelta(minutes=config.timeout_minutes)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    if (
-        os.environ.get("GROUP_WORLD_SIZE") == "1"
-    ):  # or restarted ranks find the old ranks' addresses
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo",
-        store=store, rank=rank, world_size=world_size, timeout=timeout,
-    )  # fmt: skip
-    try:
-        yield Machine(device, choose_dtype(config.dtype, device), rank, world_size)
-        # The threads of gloo release a tensor a moment after its sum is there. If Python ends
-        # before that, they abort it. So no rank leaves before the last one is done.
-        if kind == "cpu":
-            with contextlib.suppress(RuntimeError):  # a rank that failed has reported it
-                dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    device = local_device(kind)
+    with join_ranks(kind, config.timeout_minutes) as (rank, world_size):
+        yield Machine(device, hardware.choose_dtype(config.dtype, device), rank, world_size)
 
 
 # -----------------------------------------------------------------------------
@@ -819,7 +721,7 @@ def initial_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
     """Return the model of a checkpoint, of --init_from, or a new one, on the CPU."""
     torch.manual_seed(config.seed)
     if state:
-        return build_model(state["model_config"], state["model"])
+        return build_model(GPT, GPTConfig(**state["model_config"]), state["model"])
     if config.init_from is None:
         return GPT(config.model_config())
     model = load_model(config.init_from)
@@ -828,7 +730,7 @@ def initial_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
         if asked not in (None, has):
             raise ValueError(f"{name} {asked}: {config.init_from} has {has}: leave it out")
     model_config = dataclasses.replace(model.config, dropout=config.dropout)
-    return build_model(plain(model_config), dict(model.named_parameters()))
+    return build_model(GPT, model_config, dict(model.named_parameters()))
 
 
 def open_windows(config: TrainConfig, model_config: GPTConfig) -> tuple[Windows, Windows]:
@@ -871,16 +773,20 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
     def fits(rows: int) -> bool:
         if device.type != "cuda":  # running out of memory there would end the process
             return rows <= PRESETS[config.preset].micro_batch_size
-        return not machine.sum(not fits_in_memory(model, rows, machine.autocast))  # on all ranks
+        return not machine.sum(
+            not hardware.fits_in_memory(model, rows, machine.autocast)
+        )  # on all ranks
 
     flag = "batch_ramp_start" if config.batch_ramp_tokens else "total_batch_size"
     T, tokens = model.config.block_size, getattr(config, flag)
-    B = choose_micro_batch_size(config.micro_batch_size, tokens, T, machine.world_size, fits, flag)
-    compiled, missing = choose_compile(config.compile, device)
+    B = hardware.choose_micro_batch_size(
+        config.micro_batch_size, tokens, T, machine.world_size, fits, flag
+    )
+    compiled, missing = hardware.choose_compile(config.compile, device)
     if compiled:
         compile_model(model)
     size = model.config
-    notes = ugly_dimensions(size.n_embd, size.n_head, T, B) + missing
+    notes = hardware.ugly_dimensions(size.n_embd, size.n_head, T, B) + missing
     run = Run(
         config=config, machine=machine, model=model, ddp_model=model, data=data,
         optimizers=make_optimizers(model, config, machine),
@@ -992,8 +898,8 @@ def train_loop(run: Run, signals: list[int]) -> None:
     B, T, cuda = run.micro_batch_size, model.config.block_size, machine.device.type == "cuda"
     log = open_log(run)
     n_params = sum(p.numel() for p in model.parameters())
-    size, peak = model.config, peak_flops(machine.device)
-    token_flops = flops_per_token(n_params, size.n_layer, size.n_embd, T)
+    size, peak = model.config, hardware.peak_flops(machine.device)
+    token_flops = hardware.flops_per_token(n_params, size.n_layer, size.n_embd, T)
     n_val = max(1, (config.val_tokens or (10485760 if cuda else 65536)) // T)
     n_val = min(len(run.val_windows), n_val)
 

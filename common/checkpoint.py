@@ -61,6 +61,38 @@ def write_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
         old.unlink()
 
 
+def build_model(model_class: type, config: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """Return `model_class(config)` with these weights, taken over without a copy, as float32.
+
+    An embedding without padding gets it. Raises ValueError that names what is missing or differs.
+    """
+    try:
+        weights = {name: weight.float() for name, weight in weights.items()}
+        wte = weights.get("transformer.wte.weight", torch.empty(0, 0))
+        if len(wte) == config.vocab_size:
+            # Not zeros: GPT-2's logits lie around -30 to -100, where a logit of 0 would take all
+            # the probability. The logit of the mean row is the mean logit, and exp(mean) is at most
+            # the mean of exp (Jensen): 47 such rows take at most 47/50257 of it.
+            padding = wte.mean(dim=0).expand(config.padded_vocab_size - len(wte), -1)
+            weights["transformer.wte.weight"] = wte = torch.cat([wte, padding])
+        shapes = {  # looked at before anything is built: a damaged file may ask for a huge model
+            "transformer.wte.weight": (config.padded_vocab_size, config.n_embd),
+            "transformer.wpe.weight": (config.block_size, config.n_embd),
+            f"transformer.h.{config.n_layer - 1}.ln_1.weight": (config.n_embd,),
+        }
+        for name, shape in shapes.items():
+            found = tuple(weights[name].shape) if name in weights else "missing"
+            if found != shape or config.n_layer > len(weights):
+                raise ValueError(f"weights of another architecture: {name} is {found}, not {shape}")
+        with torch.device("meta"):  # shapes without memory: the weights bring their own
+            model = model_class(config)
+        model.load_state_dict({**weights, "lm_head.weight": wte}, assign=True)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise ValueError(f"weights of another architecture: {error}") from None
+    model.lm_head.weight = model.transformer.wte.weight  # tied again
+    return model
+
+
 # What makes a run this run: to resume, these settings must be the same. The machine, the precision
 # and how often something is logged may change.
 RUN_IS = (
