@@ -1,7 +1,7 @@
 """Two processes under torchrun do what one process does."""
 
 import pytest
-from conftest import ROOT, RUN, flags, losses, read_metrics, run_command_line, run_train
+from conftest import RUN, flags, losses, read_metrics, run_command_line, run_train
 
 
 def run_two_ranks(data_dir, out_dir, **changes):
@@ -31,24 +31,3 @@ def test_a_mistake_is_printed_once(data_dir, tmp_path):
     assert result.returncode != 0
     assert result.stderr.count("train_gpt2.py: error: micro_batch_size 3") == 1
     assert 'train_gpt2.py", line' not in result.stderr, "torchrun has a traceback of its own"
-
-
-LATE = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from train_gpt2 import TrainConfig, set_up_machine
-with set_up_machine(TrainConfig(device="cpu")) as machine:
-    time.sleep(2 * machine.is_main)
-Path(__file__).with_suffix(f".{{machine.rank}}").write_text(str(time.time()))
-"""
-
-
-def test_no_rank_leaves_before_the_others_are_done(tmp_path):
-    # else gloo's threads may still hold a tensor when Python ends, and abort the rank and the job
-    script = tmp_path / "late.py"
-    script.write_text(LATE.format(root=str(ROOT)))
-    result = run_command_line(str(script), ranks=2)
-    assert result.returncode == 0, result.stderr
-    left = [float(script.with_suffix(f".{rank}").read_text()) for rank in (0, 1)]
-    assert abs(left[0] - left[1]) < 1

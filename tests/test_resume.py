@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import losses, read_metrics, run_train
 
-from export import build_model
+from common.checkpoint import build_model
 from train_gpt2 import GPT, GPTConfig, load_model
 
 
@@ -119,6 +119,6 @@ def test_weights_of_another_shape_are_refused_by_name():
     weights = dict(GPT(config).named_parameters())
     weights["transformer.ln_f.bias"] = torch.zeros(9)
     with pytest.raises(ValueError, match=r"transformer.ln_f.bias"):
-        build_model(config, weights)
+        build_model(GPT, config, weights)
     with pytest.raises(ValueError, match="another architecture"):
-        build_model(dataclasses.replace(config, n_layer=2), weights)
+        build_model(GPT, dataclasses.replace(config, n_layer=2), weights)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import RUN, SMALL, all_files, flags, run_command_line, run_train, write_shards
 
-from bench import choose_micro_batch_size, flops_per_token, ugly_dimensions
+from common.hardware import flops_per_token, ugly_dimensions
 from train_gpt2 import (
     GPT,
     PRESETS,
@@ -83,7 +83,7 @@ def test_logits_and_gradients_equal_transformers(sizes):
 def test_gpt2_has_the_published_size_and_decays_matrices_only():
     model = GPT(GPTConfig())
     sizes = [p.numel() for p in model.parameters()]
-    assert sum(sizes) == 124_475_904
+    assert sum(sizes) == model.n_params == 124_475_904
     padding = (50304 - 50257) * 768
     assert sum(sizes) - padding == 124_439_808
     decayed, undecayed = make_optimizers(model, TrainConfig(), CPU)["optimizer"].param_groups
@@ -91,7 +91,7 @@ def test_gpt2_has_the_published_size_and_decays_matrices_only():
     assert (len(decayed["params"]), sum(p.numel() for p in decayed["params"])) == (50, 124_354_560)
     assert (len(undecayed["params"]), sum(p.numel() for p in undecayed["params"])) == (98, 121_344)
     # 860 MFLOP a token is what speeds are reported with
-    assert round(flops_per_token(model.config, sum(sizes)) / 1e6) == 860
+    assert round(flops_per_token(model.n_params, 12, 768, 1024) / 1e6) == 860
 
     idx = torch.randint(0, 50257, (2, 65))
     with torch.no_grad():
@@ -139,15 +139,8 @@ def test_every_preset_builds_and_names_no_ugly_dimension_but_known_ones():
         config = TrainConfig(preset=name)
         assert config.model_config().n_embd == preset.n_embd
         assert config.total_batch_size % (preset.micro_batch_size * preset.block_size) == 0
-        assert not ugly_dimensions(config.model_config(), preset.micro_batch_size), name
-
-
-def test_ugly_dimensions_are_named_with_a_nice_number():
-    config = GPTConfig(n_embd=300, n_head=3, block_size=1024)
-    notes = " ".join(ugly_dimensions(config, 12))
-    assert "head size 100" in notes and "104" in notes and "128" in notes
-    assert "n_embd 300" in notes and "304" in notes and "320" in notes
-    assert "micro_batch_size 12" in notes and "block_size" not in notes
+        sizes = preset.n_embd, preset.n_head, preset.block_size, preset.micro_batch_size
+        assert not ugly_dimensions(*sizes), name
 
 
 # -----------------------------------------------------------------------------
@@ -170,6 +163,20 @@ def test_an_epoch_is_a_permutation_that_only_seed_and_epoch_decide():
     assert (first == window_order(1000, 1, 0)).all()
     assert (first != window_order(1000, 1, 1)).any()
     assert (first != window_order(1000, 2, 0)).any()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "windows"), [(16, 0), (17, 1), (32, 1), (33, 2), (48, 2), (49, 3), (1, 0)]
+)
+def test_every_window_has_a_target_for_its_last_input(tmp_path, tokens, windows):
+    # a shard of exactly k * T tokens has k - 1 windows: its last input would have no target
+    lengths = {"a_train_1.npy": tokens, "a_train_2.npy": 33}
+    found = Windows(write_shards(tmp_path, lengths), "train", 16, 300)
+    assert len(found) == windows + 2
+    x, y = found.read(np.arange(len(found)))
+    shards = [np.load(tmp_path / name) for name in lengths]
+    rows = [shard[i * 16 : i * 16 + 17] for shard in shards for i in range((len(shard) - 1) // 16)]
+    assert (torch.cat([x, y[:, -1:]], dim=1).numpy() == np.stack(rows)).all()
 
 
 @pytest.mark.parametrize("seed", [None, 5])
@@ -208,6 +215,39 @@ def test_what_a_step_trains_on_does_not_depend_on_ranks_or_micro_batch(data_dir,
     expected = rows_of_a_step(data_dir, 1, 8, step)
     assert expected == rows_of_a_step(data_dir, 2, 4, step) == rows_of_a_step(data_dir, 4, 1, step)
     assert expected != rows_of_a_step(data_dir, 1, 8, step + 1)
+
+
+def dropout_masks(data_dir, first_step: int, steps: int, rank: int = 0, seed: int = 1) -> list:
+    """The random numbers that dropout would draw in each micro-step, two of them a step."""
+    config = TrainConfig(
+        **{**RUN, "total_batch_size": 256, "max_steps": 20, "data_dir": data_dir, "seed": seed},
+        dropout=0.5,
+    )  # fmt: skip
+    windows, machine = Windows(data_dir, "train", 16, 300), dataclasses.replace(CPU, rank=rank)
+    B = 8  # two micro-batches a step
+    batches = micro_batches(windows, config, B, machine, first_step, 256 * first_step)
+    masks = [torch.rand(4).tolist() for _ in itertools.islice(batches, 2 * steps)]
+    batches.close()
+    return masks
+
+
+def test_dropout_masks_differ_by_step_micro_step_rank_and_seed_and_nothing_else(data_dir):
+    masks = dropout_masks(data_dir, 0, 4)
+    assert len({tuple(mask) for mask in masks}) == 8, "every micro-step of every step has its own"
+    torch.manual_seed(99)  # what the generator stands at must not matter
+    assert dropout_masks(data_dir, 2, 2) == masks[4:], "a resumed run draws the same masks"
+    others = dropout_masks(data_dir, 0, 4, rank=1) + dropout_masks(data_dir, 0, 4, seed=2)
+    assert not {tuple(mask) for mask in others} & {tuple(mask) for mask in masks}
+
+
+def test_without_dropout_the_loader_leaves_the_generator_alone(data_dir):
+    config = TrainConfig(**{**RUN, "data_dir": data_dir})
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    batches = micro_batches(Windows(data_dir, "train", 16, 300), config, 8, CPU, 0, 0)
+    next(batches)
+    assert torch.equal(torch.get_rng_state(), before)
+    batches.close()
 
 
 def test_llm_c_shards_give_the_same_windows(data_dir, tmp_path):
@@ -298,44 +338,6 @@ def test_the_linear_schedule_ends_at_zero():
 
 
 # -----------------------------------------------------------------------------
-# Muon
-
-
-def test_muon_makes_the_updates_of_the_blocks_matrices_orthogonal(small_model):
-    config = TrainConfig(optimizer="muon", max_lr=1e-3, muon_lr=1e-2, weight_decay=0.0)
-    optimizers = make_optimizers(small_model, config, CPU)
-    before = {name: p.detach().clone() for name, p in small_model.named_parameters()}
-    x, y = torch.randint(0, 300, (2, 4, 16))
-    for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"]
-    train_step(small_model, optimizers, UNSCALED, iter([(x, y)]), 1, 1.0, CPU)
-    matrices = 0
-    for name, p in small_model.named_parameters():
-        update = before[name] - p.detach()
-        if ".h." in name and p.dim() == 2:  # most singular values near 1, but for the scale
-            size = torch.linalg.svdvals(update) / (1e-2 * 0.2 * math.sqrt(max(p.shape)))
-            assert 0.7 < size.median() and size.max() < 1.3, name
-            matrices += 1
-        else:  # AdamW's first step goes by the sign of the gradient
-            moved = update[update != 0].abs()
-            assert moved.max().item() == pytest.approx(1e-3, rel=1e-2), name
-    assert matrices == 4 * small_model.config.n_layer
-
-
-def test_with_muon_the_head_stays_with_adamw_and_only_matrices_decay():
-    with torch.device("meta"):
-        model = GPT(GPTConfig())
-    optimizers = make_optimizers(model, TrainConfig(optimizer="muon"), CPU)
-    (muon,) = optimizers["muon"].param_groups
-    decayed, undecayed = optimizers["optimizer"].param_groups
-    assert len(muon["params"]) == 48 and muon["weight_decay"] == 0.1
-    assert {p.shape for p in decayed["params"]} == {(50304, 768), (1024, 768)}
-    assert len(undecayed["params"]) == 98 and undecayed["weight_decay"] == 0
-    assert decayed["peak_lr"] == muon["peak_lr"] == 6e-4  # Muon's where it is not given
-
-
-# -----------------------------------------------------------------------------
 # one step
 
 
@@ -400,28 +402,6 @@ def test_validation_is_the_exact_mean_whatever_the_batch(small_model, data_dir):
 # choices made for the user
 
 
-def test_the_micro_batch_is_the_largest_power_of_two_that_fits():
-    machine = Machine(torch.device("cuda"), torch.bfloat16)
-    object.__setattr__(machine, "sum", float)  # no GPU needed to agree with oneself
-    for limit, expected in ((1000, 512), (48, 32), (1, 1)):
-        size = choose_micro_batch_size(TrainConfig(), 1024, machine, 8, lambda b, n=limit: b <= n)
-        assert size == expected
-    eight = dataclasses.replace(machine, world_size=8)
-    object.__setattr__(eight, "sum", float)
-    assert choose_micro_batch_size(TrainConfig(), 1024, eight, 8, lambda b: True) == 64
-
-
-def test_a_batch_that_does_not_divide_is_refused_with_values_that_do():
-    with pytest.raises(ValueError, match=r"--micro_batch_size 4 or 2 or 8"):
-        choose_micro_batch_size(TrainConfig(micro_batch_size=5), 1024, CPU, 8, bool)
-    three = dataclasses.replace(CPU, world_size=3)
-    with pytest.raises(ValueError, match=r"--total_batch_size 522240 or 525312"):
-        choose_micro_batch_size(TrainConfig(), 1024, three, 8, bool)
-    config = TrainConfig(batch_ramp_tokens=10**6, micro_batch_size=64)
-    with pytest.raises(ValueError, match=r"does not divide batch_ramp_start 32768.*32"):
-        choose_micro_batch_size(config, 1024, CPU, 8, bool)
-
-
 def test_compiling_evaluating_and_sampling_work_together(data_dir, tmp_path):
     settings = dict(max_steps=4, eval_every=2, sample_every=2, vocab_size=50257, block_size=64)
     plain = run_train(data_dir, tmp_path / "plain", **settings)
@@ -442,17 +422,6 @@ def test_a_compiled_block_keeps_little_for_the_backward_pass():
     shapes = Counter(tuple(t.shape) for t in kept if t.dtype == torch.bfloat16)
     assert shapes[3 * 32, 4 * 64] == 1, "what goes into GELU, and not what comes out"
     assert not shapes[4 * 64, 64] and not shapes[64, 4 * 64], "no copies of weights"
-
-
-def test_import_does_nothing():
-    script = "import train_gpt2, fineweb, sample, sys; assert 'datasets' not in sys.modules"
-    import subprocess
-    import sys
-
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 # -----------------------------------------------------------------------------
