@@ -18,16 +18,16 @@ demo: .venv/.run
 test: .venv/.dev
 	$(BIN)/python -m pytest
 
-# The long forms: dozens of kills, ranks that hang. Ten minutes and more.
+# The slow tests: dozens of kills, a rank that hangs. Ten minutes and more.
 test-faults: .venv/.dev
 	$(BIN)/python -m pytest -m "slow or not slow" tests/test_faults.py tests/test_resume.py
 	$(BIN)/python -m pytest -m slow tests/test_fineweb.py
 
 test-dashboards: .venv/.dev
 	$(BIN)/python -m pip install -q tensorboard==2.21.0 wandb==0.31.0
-	$(BIN)/python -m pytest tests/test_plot.py
+	$(BIN)/python -m pytest tests/test_runlog.py
 
-# The optimisation ladder on this machine: see docs/ladder.md. On two CPU cores about half an hour.
+# The optimisation ladder on this machine (docs/ladder.md): half an hour on two CPU cores.
 bench: .venv/.run
 	mkdir -p log
 	$(BIN)/python bench.py --out log/ladder.json --plot log/ladder.png

@@ -1,5 +1,5 @@
 """
-A run's numbers: writing them (metrics.jsonl, the console, dashboards) and drawing them.
+Read the numbers of a run from its metrics.jsonl and draw them:
 
     python plot.py log                                   # log/curves.png
     python plot.py log/a log/b --x hours --out ab.svg    # several runs in one picture
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draw the curves of one run, or of several in one picture; also while they are going on."""
+    """Draw the curves of one run, or of several in one picture. A run may still be going on."""
 
     runs: Positional[tuple[Path, ...]]  # folders of runs, or their metrics.jsonl
-    out: Path | None = None  # picture, .png or .svg; left out: curves.png in the first run's folder
+    out: Path | None = None  # .png or .svg file (default: curves.png in the first run's folder)
     x: Literal["steps", "tokens", "hours"] = "steps"  # the horizontal axis
 
     def __post_init__(self) -> None:
@@ -45,16 +45,17 @@ class PlotConfig:
 
 
 class Run:
-    """What is readable of a run's metrics.jsonl: `about` it, its `events`, and what was `left_out`.
+    """The numbers in a run's metrics.jsonl.
 
-    Raises FileNotFoundError where there is no such file.
+    `about` is the run event, `events` holds all events by name, and `left_out` counts what could
+    not be used. Raises FileNotFoundError if there is no such file.
     """
 
     def __init__(self, path: Path):
         self.path = path / METRICS if path.is_dir() else path
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such file: name a run's folder")
-        self.about: dict[str, Any] = {}  # the last run event
+        self.about: dict[str, Any] = {}  # of several run events, the last one counts
         self.events: dict[str, list[dict]] = {}
         self.left_out: Counter[str] = Counter()
         hours, last_time = 0.0, None
@@ -70,7 +71,7 @@ class Run:
                 continue
             if event == "run":
                 self.about.update(entry)
-            elif last_time is not None:  # the time between a stop and its resumption is not counted
+            elif last_time is not None:  # a run event ends a pause, which does not count
                 hours += max(0.0, now - last_time) / 3600
             last_time = now
             self.events.setdefault(event, []).append({**entry, "hours": hours})
@@ -78,14 +79,14 @@ class Run:
         for entry in self.events.get("train", []):
             if is_number(entry.get("tokens_seen")):
                 done.append((entry["step"] + 1, entry["tokens_seen"]))
-        self.tokens_done = np.array(sorted(done)).T  # updates done, tokens seen by then
+        self.tokens_done = np.array(sorted(done)).T  # two rows: updates done, tokens seen so far
 
     def config(self, name: str) -> Any:
         config = self.about.get("config")
         return config.get(name) if isinstance(config, dict) else None
 
     def settings(self) -> dict[str, Any]:
-        """Return what distinguishes a run, as decided when it started."""
+        """Return the settings that can change a run's numbers, as its last start recorded them."""
         known: dict[str, Any] = {}
         for name in ("config", "model_config"):
             part = self.about.get(name)
@@ -96,13 +97,14 @@ class Run:
         return {name: value for name, value in known.items() if name not in HOUSEKEEPING}
 
     def on_fineweb_edu(self) -> bool:
-        """Say whether its data is FineWeb-Edu: by its source or, where that is not known, name."""
+        """Return whether the data is FineWeb-Edu, by its source or else by its folder's name."""
         source = self.about.get("data_source")
         if isinstance(source, str):
             return "HuggingFaceFW/fineweb-edu" in source
         return Path(str(self.config("data_dir"))).name == "edu_fineweb10B"
 
     def position(self, entry: dict, x: str) -> float:
+        """Return where an event lies on the x-axis."""
         if x == "hours":
             return entry["hours"]
         if x == "steps":
@@ -110,21 +112,21 @@ class Run:
         return float(np.interp(entry["step"], *self.tokens_done))
 
     def series(self, event: str, name: str, x: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return where on the x-axis an event's values lie, and the values (n,) or (n, layers)."""
-        places, values = [], []
+        """Return the positions (n,) and the values (n,) or (n, layers) of an event's `name`."""
+        positions, values = [], []
         for entry in self.events.get(event, []):
             value = entry.get(name)
             numbers = value if isinstance(value, list) and event == "stats" else [value]
             fits = not values or np.shape(value) == np.shape(values[0])
             if fits and numbers and all(map(is_number, numbers)):
-                places.append(self.position(entry, x))
+                positions.append(self.position(entry, x))
                 values.append(value)
-            elif value is not None or name != "mfu":  # no MFU where the peak is not known
+            elif value is not None or name != "mfu":  # MFU is None if the peak is not known
                 self.left_out[f"{event} lines without a usable {name}"] += 1
-        return np.array(places), np.array(values)
+        return np.array(positions), np.array(values)
 
 
-HOUSEKEEPING = {  # settings that make no difference to the numbers
+HOUSEKEEPING = {  # settings that do not change the numbers
     "out_dir", "resume", "checkpoint_every", "keep_checkpoints", "timeout_minutes", "max_skipped",
     "eval_every", "hellaswag_every", "sample_every", "stats_every", "tensorboard", "wandb",
 }  # fmt: skip
@@ -135,28 +137,30 @@ def is_number(value: Any) -> bool:
 
 
 def labels(runs: list[Run]) -> list[str]:
-    """Return a name for each run: its folder, and the settings in which the runs differ."""
+    """Return a label for each run: its folder, and the settings in which the runs differ."""
     names = [run.path.parent.name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.path.parent) for run in runs]
     settings = [run.settings() for run in runs]
-    recorded = [known for known in settings if known]  # a run may have just begun, or be damaged
-    differ = [  # among what all recorded: an older run knows nothing of a newer setting
+    recorded = [known for known in settings if known]  # a new or a damaged run has no settings
+    differ = [  # only settings that all runs have: an older version did not have every setting
         key
         for key, value in (recorded[0] if recorded else {}).items()
         if all(key in known for known in recorded)
         and any(known[key] != value for known in recorded)
     ]
-    said = [
-        ", ".join(f"{key} {known[key]}" for key in differ if key in known) for known in settings
-    ]
-    return [f"{name}: {what}" if what else name for name, what in zip(names, said, strict=True)]
+    found = []
+    for name, known in zip(names, settings, strict=True):
+        differences = ", ".join(f"{key} {known[key]}" for key in differ if key in known)
+        found.append(f"{name}: {differences}" if differences else name)
+    return found
 
 
 # -----------------------------------------------------------------------------
-# drawing
+# panels
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; line styles go on from there
+# Okabe and Ito's colours, which people with any kind of colour blindness can tell apart. After the
+# last colour they start again with the next line style.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 GREY = "#555555"
@@ -164,19 +168,19 @@ GREY = "#555555"
 
 @dataclass(frozen=True)
 class Panel:
-    """One small picture: which numbers of which event, and how."""
+    """One diagram of the picture: the numbers that it shows, and how."""
 
     title: str
     event: str
     name: str
-    smooth: bool = False  # a thick line through thin raw ones
-    log: bool = False  # a logarithmic axis
+    smooth: bool = False  # a thick smoothed line over the thin raw one
+    log: bool = False  # a logarithmic y-axis
     marker: str = ""
-    form: Callable[[float], str] = "{:g}".format  # of the numbers beside the axis
+    form: Callable[[float], str] = "{:g}".format  # how the y-axis writes a number
 
 
 def short(number: float) -> str:
-    """Return 524288 as 524k: three digits and a unit."""
+    """Return a number with three digits and a unit: 524288 as 524k."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
@@ -200,8 +204,12 @@ LAYER_PANELS = (
 )
 
 
+# -----------------------------------------------------------------------------
+# drawing into a panel
+
+
 def smoothed(y: np.ndarray) -> np.ndarray:
-    """Return the centred mean over a twentieth of the points, of which the ends have half."""
+    """Return the moving average over a twentieth of the points, at the ends over half of that."""
     half = len(y) // 40
     sums = np.concatenate([[0.0], np.cumsum(y)])
     i = np.arange(len(y))
@@ -211,9 +219,9 @@ def smoothed(y: np.ndarray) -> np.ndarray:
 
 def draw_series(ax: "Axes", panel: Panel, x: np.ndarray, y: np.ndarray, look: dict) -> None:
     if panel.smooth:
-        # as pixels: in an SVG these would be most of the file
+        # as pixels: as vectors they would be most of an SVG file
         ax.plot(x, y, **look, linewidth=0.5, alpha=0.35, rasterized=True)
-        # of norms the geometric mean: one spike would stand for the whole window
+        # norms: the geometric mean, because one spike would dominate an arithmetic one
         norms = panel.name == "grad_norm" and (y > 0).all()
         mean = np.exp(smoothed(np.log(y))) if norms else smoothed(y)
         ax.plot(x, mean, **look, linewidth=1.8)
@@ -223,7 +231,7 @@ def draw_series(ax: "Axes", panel: Panel, x: np.ndarray, y: np.ndarray, look: di
 
 
 def draw_layers(ax: "Axes", x: np.ndarray, y: np.ndarray, look: dict, alone: bool) -> None:
-    """Draw (n, layers): a line each for a run alone; else the median layer and the range."""
+    """Draw values (n, layers) as the median layer and the range; for a run `alone`, every layer."""
     if not alone:
         ax.plot(x, np.median(y, axis=1), **look, linewidth=1.6)
         ax.fill_between(x, y.min(axis=1), y.max(axis=1), color=look["color"], alpha=0.15, lw=0)
@@ -233,7 +241,7 @@ def draw_layers(ax: "Axes", x: np.ndarray, y: np.ndarray, look: dict, alone: boo
     depth = matplotlib.colormaps["viridis"].resampled(256)
     last = y.shape[1] - 1
     for layer in range(y.shape[1]):
-        # the named ones, and those between them only by their colour
+        # the legend names only these: the colour shows where the others lie between them
         name = {0: "embeddings", 1: "block 1", last: f"block {last}"}.get(layer)
         colour = GREY if layer == 0 else depth(0.9 * (layer - 1) / max(1, last - 1))
         style = "--" if layer == 0 else "-"
@@ -242,49 +250,114 @@ def draw_layers(ax: "Axes", x: np.ndarray, y: np.ndarray, look: dict, alone: boo
 
 
 def draw_line_at(ax: "Axes", height: float, text: str) -> None:
-    """Draw a horizontal line for comparison, with its name on it."""
+    """Draw a horizontal line to compare with, and its name above it."""
     from matplotlib.patheffects import withStroke
 
     ax.axhline(height, color=GREY, linewidth=0.9, linestyle=(0, (5, 3)))
     ax.annotate(
         text, (1, height), xycoords=("axes fraction", "data"), xytext=(-3, 2),
         textcoords="offset points", ha="right", va="bottom", fontsize=7.5, color=GREY,
-        path_effects=[withStroke(linewidth=2, foreground="white")],  # readable across a curve
+        path_effects=[withStroke(linewidth=2, foreground="white")],  # readable on top of a curve
     )  # fmt: skip
 
 
 def draw_references(ax: "Axes", panel: Panel, runs: list[Run], x: str, looks: list[dict]) -> None:
-    """Add what a panel's numbers are compared with, and the steps that were not applied."""
+    """Add the lines to compare a panel with, and the steps that were not applied.
+
+    The published numbers are from build-nanogpt: the validation loss of GPT-2 and the accuracy of
+    GPT-3 from its notebook play.ipynb, the accuracy of GPT-2 from a comment in its hellaswag.py
+    (the notebook has 0.2945 for it).
+    """
     if panel.name == "acc_norm":
-        draw_line_at(ax, 0.2955, "GPT-2 124M: 0.2955")  # both from build-nanogpt's notebook
+        draw_line_at(ax, 0.2955, "GPT-2 124M: 0.2955")
         draw_line_at(ax, 0.337, "GPT-3 124M: 0.337")
     elif panel.event == "val" and all(run.on_fineweb_edu() for run in runs if "val" in run.events):
-        draw_line_at(ax, 3.2924, "GPT-2 124M: 3.2924")  # the same notebook; on this data only
+        draw_line_at(ax, 3.2924, "GPT-2 124M: 3.2924")  # true for this data only
     elif panel.event == "stats" and panel.name == "update_ratio":
         draw_line_at(ax, 1e-3, "usual aim: 0.001")
     elif panel.name == "grad_norm" and panel.event == "train":
         for clip in dict.fromkeys(run.config("grad_clip") for run in runs):
             if is_number(clip) and clip > 0:
                 draw_line_at(ax, clip, f"clipped to {clip:g}")
-        for run, look in zip(runs, looks, strict=True):
-            if skipped := run.events.get("skip"):
-                at = [run.position(entry, x) for entry in skipped]
-                label = f"{len(at)} skipped step{'s' if len(at) > 1 else ''}"
-                # on the upper edge: a skipped step has no norm that could be drawn
-                ax.plot(
-                    at, [0.97] * len(at), "x", color=look["color"], label=label, clip_on=False,
-                    transform=ax.get_xaxis_transform(), markersize=6, markeredgewidth=1.8,
-                )  # fmt: skip
+        draw_skipped(ax, runs, x, looks)
+
+
+def draw_skipped(ax: "Axes", runs: list[Run], x: str, looks: list[dict]) -> None:
+    """Mark the skipped steps at the upper edge: they have no norm that could be drawn."""
+    for run, look in zip(runs, looks, strict=True):
+        if skipped := run.events.get("skip"):
+            at = [run.position(entry, x) for entry in skipped]
+            label = f"{len(at)} skipped step{'s' if len(at) > 1 else ''}"
+            ax.plot(
+                at, [0.97] * len(at), "x", color=look["color"], label=label, clip_on=False,
+                transform=ax.get_xaxis_transform(), markersize=6, markeredgewidth=1.8,
+            )  # fmt: skip
+
+
+def format_axes(ax: "Axes", panel: Panel, x: str, positive: bool) -> None:
+    """Set title, scales, numbers and grid of a panel. Only `positive` values can be logarithmic."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+    if panel.log and positive:
+        ax.set_yscale("log")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        low, high = ax.get_ylim()
+        if high < 30 * low:  # one or two powers of ten are not enough to read a curve
+            ax.yaxis.set_major_locator(MaxNLocator(5))
+            ax.yaxis.set_minor_locator(NullLocator())
+    elif panel.event == "train":
+        ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: panel.form(value)))
+    ax.set_title(panel.title, loc="left")
+    ax.set_xlabel({"steps": "step", "hours": "hours of training"}.get(x, x), labelpad=1)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+# -----------------------------------------------------------------------------
+# the picture
+
+
+def grid_cells(n_upper: int, n_lower: int) -> list[tuple[int, slice]]:
+    """Return the row and the columns (of 6) of each panel.
+
+    The upper panels stand in pairs. If their number is odd, the first has a row for itself. The
+    lower panels share the last row.
+    """
+    odd = n_upper % 2
+    found = []
+    for i in range(n_upper):
+        row, half = divmod(i + odd, 2)
+        found.append((row, slice(3 * half, 3 * half + 3)))
+    if odd:
+        found[0] = (0, slice(0, 6))
+    for i in range(n_lower):
+        width = 6 // n_lower
+        found.append((math.ceil(n_upper / 2), slice(i * width, (i + 1) * width)))
+    return found
+
+
+def empty_picture(runs: list[Run], looks: list[dict], n_rows: int) -> "Figure":
+    """Return a picture that holds only the legend of the runs."""
+    from matplotlib import pyplot as plt
+
+    names = [textwrap.fill(label, 130, subsequent_indent="    ") for label in labels(runs)]
+    heading = 0.3 + 0.17 * sum(name.count("\n") + 1 for name in names)  # inches
+    figure = plt.figure(figsize=(9, n_rows * 2.1 + heading), layout="constrained")
+    figure.legend(
+        handles=[plt.Line2D([], [], **look, linewidth=2.5) for look in looks],
+        labels=names, loc="outside upper left", frameon=False,
+    )  # fmt: skip
+    return figure
 
 
 def draw(runs: list[Run], x: str) -> tuple["Figure", list[str]]:
-    """Return the picture of some runs, and the titles of the panels that nothing was there for."""
+    """Return the picture of some runs, and the titles of the panels that have no numbers."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
-
+    matplotlib.rcParams.update({"font.size": 8.5, "axes.titlesize": 9.5, "svg.hashsalt": "plot"})
     looks = [
         {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
         for i in range(len(runs))
@@ -293,68 +366,35 @@ def draw(runs: list[Run], x: str) -> tuple["Figure", list[str]]:
         panel: [run.series(panel.event, panel.name, x) for run in runs]
         for panel in PANELS + LAYER_PANELS
     }
-    there = [panel for panel, series in numbers.items() if any(len(y) for _, y in series)]
-    upper = [panel for panel in there if panel in PANELS]
-    lower = [panel for panel in there if panel in LAYER_PANELS]
-    n_rows = math.ceil(len(upper) / 2) + (len(lower) > 0)
-
-    plt.rcParams.update({"font.size": 8.5, "axes.titlesize": 9.5, "svg.hashsalt": "plot"})
-    names = [textwrap.fill(label, 130, subsequent_indent="    ") for label in labels(runs)]
-    heading = 0.3 + 0.17 * sum(name.count("\n") + 1 for name in names)
-    figure = plt.figure(figsize=(9, max(1, n_rows) * 2.1 + heading), layout="constrained")
-    figure.legend(
-        handles=[plt.Line2D([], [], **look, linewidth=2.5) for look in looks],
-        labels=names, loc="outside upper left", frameon=False,
-    )  # fmt: skip
-    if not there:
+    shown = [panel for panel, series in numbers.items() if any(len(y) for _, y in series)]
+    lower = [panel for panel in shown if panel in LAYER_PANELS]
+    cells = grid_cells(len(shown) - len(lower), len(lower))
+    n_rows = 1 + max((row for row, _ in cells), default=0)
+    figure = empty_picture(runs, looks, n_rows)
+    if not shown:
         figure.text(0.5, 0.4, "no numbers yet", ha="center", color=GREY)
-        return figure, [panel.title for panel in numbers]
     grid = figure.add_gridspec(n_rows, 6)
-    for i, panel in enumerate(there):
-        if panel in LAYER_PANELS:
-            width = 6 // len(lower)
-            first = lower.index(panel) * width
-            place = grid[n_rows - 1, first : first + width]
-        elif i == 0 and len(upper) % 2:
-            place = grid[0, :]  # an odd number: the first has a row of its own
-        else:
-            row, column = divmod(i + len(upper) % 2, 2)
-            place = grid[row, 3 * column : 3 * column + 3]
-        ax = figure.add_subplot(place)
-        for (places, values), look in zip(numbers[panel], looks, strict=True):
-            if len(values) and panel in LAYER_PANELS:
-                draw_layers(ax, places, values, look, alone=len(runs) == 1)
+    for panel, (row, columns) in zip(shown, cells, strict=True):
+        ax = figure.add_subplot(grid[row, columns])
+        for (positions, values), look in zip(numbers[panel], looks, strict=True):
+            if len(values) and panel in lower:
+                draw_layers(ax, positions, values, look, alone=len(runs) == 1)
             elif len(values):
-                draw_series(ax, panel, places, values, look)
+                draw_series(ax, panel, positions, values, look)
         draw_references(ax, panel, runs, x, looks)
-        if panel.log and all((y > 0).all() for _, y in numbers[panel]):
-            ax.set_yscale("log")
-            ax.yaxis.set_minor_formatter(NullFormatter())
-            low, high = ax.get_ylim()
-            if high < 30 * low:  # too few powers of ten to read a curve by
-                ax.yaxis.set_major_locator(MaxNLocator(5))
-                ax.yaxis.set_minor_locator(NullLocator())
-        elif panel.event == "train":
-            ax.set_ylim(bottom=0)
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _, form=panel.form: form(y)))
-        ax.set_title(panel.title, loc="left")
-        ax.set_xlabel({"steps": "step", "hours": "hours of training"}.get(x, x), labelpad=1)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        ax.grid(alpha=0.25, linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
-        named = ax.get_legend_handles_labels()
-        if named[0] and panel in LAYER_PANELS:  # the same in all of them: once, below
-            if panel == lower[0]:
-                figure.legend(*named, loc="outside lower center", ncols=3, frameon=False)
-        elif named[0]:
+        format_axes(ax, panel, x, positive=all((y > 0).all() for _, y in numbers[panel]))
+        handles, names = ax.get_legend_handles_labels()
+        if handles and panel not in lower:
             ax.legend(frameon=False, fontsize=7.5, loc="best")
-    return figure, [panel.title for panel in numbers if panel not in there]
+        elif handles and panel == lower[0]:  # all lower panels have the same: once, below them
+            figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+    return figure, [panel.title for panel in numbers if panel not in shown]
 
 
 def plot(config: PlotConfig) -> Path:
-    """Draw what PlotConfig says, print what had to be left out, and return the picture's path.
+    """Draw the runs into a file, print what was left out, and return the path of the picture.
 
-    Raises FileNotFoundError where there is no such run.
+    Raises FileNotFoundError if a run or the picture's folder does not exist.
     """
     runs = [Run(path) for path in config.runs]
     out = config.out or runs[0].path.parent / "curves.png"

@@ -1,11 +1,11 @@
 """
-AdamW against Muon, each at its best learning rate, on the embedded corpus:
+Compare AdamW and Muon, each at its best learning rate, on the text of --source pydocs:
 
     python benchmarks/optimizers.py 4x128 log/optimizers     # on bytes, 400 steps of 4,096
-    python benchmarks/optimizers.py tiny log/optimizers      # the demo: GPT-2 tokens, 1,000 of 512
+    python benchmarks/optimizers.py tiny log/optimizers      # the demo: --preset tiny, GPT-2 tokens
 
-Runs the real command for every optimizer and rate, with the same data in the same order, passes
-over runs that are finished, and prints what it finds. The runs can be drawn with plot.py.
+It runs train_gpt2.py for every optimizer and rate, with the same data in the same order. It does
+not repeat finished runs. plot.py can draw the runs.
 """
 
 import argparse
@@ -21,17 +21,17 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import corpus  # noqa: E402
+from common.corpus import read_pydocs  # noqa: E402
 
-RATES = (2e-3, 4e-3, 8e-3, 16e-3)  # more where the best is the first or the last
+RATES = (2e-3, 4e-3, 8e-3, 16e-3)  # continued below or above, until the best is between others
 
 
 def make_data(folder: Path) -> None:
-    """Write the documents of pydocs as bytes, a zero before each: ids below 256."""
+    """Write the pydocs documents as one token per byte, with a zero before each document."""
     if (folder / "bytes_train_000001.npy").exists():
         return
     folder.mkdir(parents=True)
-    texts = [json.loads(line)["text"] for line in corpus.read_pydocs().splitlines()]
+    texts = [json.loads(line)["text"] for line in read_pydocs().splitlines()]
     tokens = np.frombuffer(b"".join(b"\0" + text.encode() for text in texts), np.uint8)
     cut = len(tokens) // 10
     np.save(folder / "bytes_val_000000.npy", tokens[:cut].astype(np.uint16))
@@ -39,7 +39,7 @@ def make_data(folder: Path) -> None:
 
 
 def run(folder: Path, size: str, optimizer: str, rate: float, schedule: str, seed: int) -> Path:
-    """Train one model, or go on with it; return its folder."""
+    """Train one model, or continue its run; return its folder."""
     out_dir = folder / f"{size}-{optimizer}-{rate:g}-{schedule}-{seed}"
     settings = {
         "out_dir": out_dir, "optimizer": optimizer, "max_lr": rate, "schedule": schedule,
@@ -63,19 +63,19 @@ def run(folder: Path, size: str, optimizer: str, rate: float, schedule: str, see
 
 
 def curve(out_dir: Path) -> list[tuple[int, float]]:
-    """Return (updates, validation loss) of a run."""
+    """Return the points (updates, validation loss) of a run."""
     events = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
     return [(e["step"], e["loss"]) for e in events if e["event"] == "val"]
 
 
 def step_time(out_dir: Path) -> float:
-    """Return the median seconds of a step."""
+    """Return the median time of a step in seconds."""
     events = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
     return statistics.median(e["dt"] for e in events if e["event"] == "train")
 
 
 def steps_to(points: list[tuple[int, float]], loss: float) -> float | None:
-    """Return the updates after which a curve, straight between its points, is down to `loss`."""
+    """Return the updates that a curve, interpolated between its points, needs to reach `loss`."""
     for (a, high), (b, low) in itertools.pairwise(points):
         if low <= loss:
             return a + (b - a) * (high - loss) / (high - low)
@@ -84,9 +84,9 @@ def steps_to(points: list[tuple[int, float]], loss: float) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("size", help="layers x width, or tiny")
+    parser.add_argument("size", help="layers x width (4x128), or tiny")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=1, help="of the best rates, besides 1337")
+    parser.add_argument("--seeds", type=int, default=1, help="more seeds after 1337, at best rates")
     args = parser.parse_args()
     os.chdir(ROOT)
     if args.size == "tiny":
@@ -115,7 +115,7 @@ def main() -> None:
         spread = f"{min(ends):.4f} to {max(ends):.4f}"
         print(f"{args.size} {optimizer} {rate:g}, seeds {list(seeds)}: {spread}", flush=True)
         best[optimizer] = statistics.mean(ends), dirs
-    # Muon's steps to the loss that AdamW ends with, both with their schedules for the whole run
+    # Muon's steps to AdamW's final loss. Each keeps the schedule of its whole run.
     target = best["adamw"][0]
     needed = [steps_to(curve(path), target) for path in best["muon"][1]]
     steps = curve(best["adamw"][1][0])[-1][0]

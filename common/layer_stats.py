@@ -7,12 +7,12 @@ import torch.nn as nn
 
 
 class LayerStats:
-    """Watch one update, for the length of a `with` block, and see how it treats each layer.
+    """Measure, for each layer, the update that happens inside a `with` block.
 
-    Layer 0 is the embeddings, layer i the block `transformer.h[i - 1]`. The hooks are on what is
-    never compiled, and only there while an update is watched. Every rank holds the same gradients
-    and weights, so one rank can watch alone. The copy of the weights is taken between backward
-    and update, when no activations fill the memory.
+    Layer 0 is the embeddings, layer i is the block `transformer.h[i - 1]`. The hooks exist only
+    inside the `with` block, and only on code that is never compiled. All ranks hold the same
+    gradients and weights, so one rank alone can measure. The weights are copied between the
+    backward pass and the update, when no activations take up memory.
     """
 
     def __init__(self, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]):
@@ -20,16 +20,17 @@ class LayerStats:
         parts = model.transformer
         embeddings = [parts.wte.weight, parts.wpe.weight]
         self.layers = [embeddings, *(list(block.parameters()) for block in parts.h)]
-        self.before: list[list[torch.Tensor]] = []
+        self.before: list[list[torch.Tensor]] = []  # each layer's matrices before the update
         self.residual: list[torch.Tensor] = []  # mean squares
-        self.gradient: list[torch.Tensor] = []  # squared norms, clipped; the last: of all weights
+        # squared norms after clipping: each layer's, then that of all weights together
+        self.gradient: list[torch.Tensor] = []
         self.update: list[torch.Tensor] = []  # ratios
 
     def __enter__(self) -> "LayerStats":
         self.hooks = [
-            self.model.transformer.drop.register_forward_hook(self._see_stream),
-            self.optimizers[0].register_step_pre_hook(self._see_gradients),
-            self.optimizers[-1].register_step_post_hook(self._see_update),
+            self.model.transformer.drop.register_forward_hook(self._measure_stream),
+            self.optimizers[0].register_step_pre_hook(self._measure_gradients),
+            self.optimizers[-1].register_step_post_hook(self._measure_update),
         ]
         return self
 
@@ -39,26 +40,28 @@ class LayerStats:
         self.before = []
 
     def values(self, grad_norm: float) -> dict[str, list[float]]:
-        """Return the numbers by layer: `update_ratio`, `residual_rms` and `grad_norm`.
+        """Return `update_ratio`, `residual_rms` and `grad_norm`, each as one number per layer.
 
-        `update_ratio` is the norm of the update over that of the weight, of all matrices of a layer
-        together; `residual_rms` is taken behind the layer, over the first row of the step, without
-        dropout; `grad_norm` is before clipping, for which the whole `grad_norm` must be given.
+        `update_ratio` is the norm of the update divided by the norm of the weights, over all
+        matrices of the layer. `residual_rms` is the root mean square of the residual stream after
+        the layer, for the first row of the step and without dropout in the blocks. `grad_norm` is
+        the norm before clipping. To undo the clipping, the method needs the norm of the whole
+        gradient before clipping, `grad_norm`.
         """
         gradient = torch.stack(self.gradient).double().sqrt()
-        before_clipping = grad_norm / max(gradient[-1].item(), 1e-30)
+        before_clipping = grad_norm / max(gradient[-1].item(), 1e-30)  # a factor
         return {
             "update_ratio": torch.stack(self.update).tolist(),
             "residual_rms": torch.stack(self.residual).sqrt().tolist(),
             "grad_norm": (gradient[:-1] * before_clipping).tolist(),
         }
 
-    def _see_stream(self, module: nn.Module, args: tuple, x: torch.Tensor) -> None:
-        """Send the first row through the blocks once more: their compiled code has no hooks."""
-        if self.residual or torch.is_grad_enabled() is False:
+    def _measure_stream(self, module: nn.Module, args: tuple, x: torch.Tensor) -> None:
+        """Run the first row through the blocks again: their compiled code has no hooks."""
+        if self.residual or not torch.is_grad_enabled():  # only the first pass of the step
             return
         with torch.no_grad():
-            self.model.eval()  # dropout would draw random numbers that belong to the run
+            self.model.eval()  # dropout would take random numbers that the run needs
             x = x[:1]
             self.residual.append(x.float().square().mean())
             for block in self.model.transformer.h:
@@ -66,7 +69,9 @@ class LayerStats:
                 self.residual.append(x.float().square().mean())
             self.model.train()
 
-    def _see_gradients(self, *_: Any) -> None:
+    def _measure_gradients(self, *_: Any) -> None:
+        """Measure the gradients, and copy the matrices before they change."""
+
         def squared(params: list) -> torch.Tensor:
             norms = [p.grad.norm() for p in params if p.grad is not None]
             return torch.stack(norms).square().sum()
@@ -77,7 +82,8 @@ class LayerStats:
             [p.detach().clone() for p in params if p.dim() >= 2] for params in self.layers
         ]
 
-    def _see_update(self, *_: Any) -> None:
+    def _measure_update(self, *_: Any) -> None:
+        """Compare the matrices with their copies."""
         for params, before in zip(self.layers, self.before, strict=True):
             matrices = [p.detach() for p in params if p.dim() >= 2]
             moved = torch.stack([(p - b).norm() for p, b in zip(matrices, before, strict=True)])

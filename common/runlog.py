@@ -1,4 +1,4 @@
-"""The one place where a run's numbers are written: metrics.jsonl, the console, dashboards."""
+"""The only place that writes a run's numbers: metrics.jsonl, the console, dashboards."""
 
 import atexit
 import contextlib
@@ -10,34 +10,27 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common.files import atomic_write
 from common.shards import data_source
 
 METRICS = "metrics.jsonl"
-BY_UPDATE = ("train", "skip", "stats")  # events whose step is an update's index, from 0
+BY_UPDATE = ("train", "skip", "stats")  # events whose step is the index of an update, from 0
 
-
-def software() -> dict[str, Any]:
-    """Return the versions that a run depends on, and the commit of this checkout."""
-    here = str(Path(__file__).parent)
-    git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        commit = None
-    packages = {name: version(name) for name in ("torch", "numpy", "tiktoken")}
-    return {"git_hash": commit, "versions": {"python": platform.python_version(), **packages}}
+# -----------------------------------------------------------------------------
+# the log
 
 
 class RunLog:
-    """The one place where a run's numbers are written: metrics.jsonl, console, dashboards.
+    """Write a run's events to metrics.jsonl, the console and the dashboards.
 
-    On ranks other than the first (`is_main` False) it writes nothing.
+    Only the first rank (`is_main`) writes. On every other rank the methods do nothing. For a
+    resumed run, `kept` holds the (event, step) of each line that stays in metrics.jsonl.
     """
 
     def __init__(
@@ -48,95 +41,184 @@ class RunLog:
         tensorboard: bool = False,
         wandb: bool = False,
     ):
-        """Open for appending, less the lines that a run resumed at `step` will write again.
+        """Open metrics.jsonl, and drop the lines that a run resumed at `step` will write again.
 
-        Raises ValueError, before anything is written, where a dashboard's package is missing.
+        Raises ValueError, on every rank and before anything is written, if the package of a
+        dashboard is missing.
         """
-        for name, asked in (("tensorboard", tensorboard), ("wandb", wandb)):
-            spec = importlib.util.find_spec(name) if asked else None
-            if asked and (spec is None or spec.origin is None):  # a mere folder has no origin
-                raise ValueError(f"--{name}: the package is not installed: pip install {name}")
-        self.kept: set[tuple[str, int]] = set()  # (event, step) of the lines before
-        self.seconds = 0.0  # a step, smoothed
-        self.budget = 0  # tokens of the run
-        self.best = math.inf  # validation loss
-        self.file = self.bar = self.board = self.wandb = None
-        self.on_terminal = sys.stdout.isatty() and "CI" not in os.environ
+        for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb)):
+            if wanted:
+                check_installed(package)
+        self.kept: set[tuple[str, int]] = set()
+        self.file: TextIO | None = None  # None: write nothing
         if not is_main:
             return
         out_dir.mkdir(parents=True, exist_ok=True)
         path = out_dir / METRICS
-        lines, wandb_id = [], None
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut off by a crash
-                entry = json.loads(line)
-                if entry["step"] < step + (entry["event"] not in BY_UPDATE):
-                    lines.append(line + "\n")
-                    self.kept.add((entry["event"], entry["step"]))
-                    wandb_id = entry.get("wandb_id", wandb_id)
-                    if entry["event"] == "val":
-                        self.best = min(self.best, entry["loss"])
+        earlier = read_earlier(path, step)
+        self.kept = earlier.events
+        self.console = Console(earlier.best_loss)
+        self.dashboards: list[TensorBoard | WeightsAndBiases] = []
+        self.ids: dict[str, str] = {}  # recorded, so that a resumed run continues its dashboard
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = str(out_dir / "tensorboard")  # purged of what is written again
-            self.board = SummaryWriter(folder, purge_step=step + 1, flush_secs=30)
+            self.dashboards.append(TensorBoard(out_dir, step))
         if wandb:
-            self.wandb = start_wandb(out_dir, wandb_id)
+            board = WeightsAndBiases(out_dir, earlier.wandb_id)
+            self.dashboards.append(board)
+            self.ids["wandb_id"] = board.run.id
         with atomic_write(path) as file:
-            file.write("".join(lines).encode())
-        self.file = open(path, "a")  # noqa: SIM115 - as long as the run
-        atexit.register(self.close)  # where an error ends the run
+            file.write("".join(earlier.lines).encode())
+        self.file = open(path, "a")  # noqa: SIM115 - open as long as the run
+        atexit.register(self.close)  # for a run that ends with an error
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """Record one event; `values` must be fit for JSON."""
+        """Record one event. JSON must be able to hold the values."""
         if self.file is None:
             return
         if event == "run":
-            values |= software() | {"data_source": data_source(Path(values["config"]["data_dir"]))}
-            if self.wandb:
-                values["wandb_id"] = self.wandb.id
-                self.wandb.config.update(values["config"], allow_val_change=True)
+            source = data_source(Path(values["config"]["data_dir"]))
+            values |= {**software(), "data_source": source, **self.ids}
         entry = {"event": event, "step": step, "time": time.time(), **values}
         print(json.dumps(entry), file=self.file, flush=True)
-        if line := self._console_line(event, step, values):
-            self.say(line)
-        if self.on_terminal and event in ("train", "val"):
-            self._show_status(step, values)
-        numbers = as_scalars(event, values)
-        if self.board:
-            for name, number in numbers.items():
-                self.board.add_scalar(name, number, step)
-            if event == "sample":
-                self.board.add_text("sample", values["text"], step)
-        if self.wandb and numbers:
-            self.wandb.log({"step": step, **numbers})
+        self.console.write(event, step, values)
+        for dashboard in self.dashboards:
+            dashboard.write(event, step, values)
 
     def say(self, line: str) -> None:
         """Print a line on the console, above the status line if there is one."""
+        if self.file is not None:
+            self.console.say(line)
+
+    def close(self) -> None:
+        """Remove the status line and let the dashboards finish. Later calls write nothing."""
+        atexit.unregister(self.close)
+        if self.file is None:
+            return
+        self.console.close()
+        for dashboard in self.dashboards:
+            dashboard.close()
+        self.file.close()
+        self.file = None
+
+
+def software() -> dict[str, Any]:
+    """Return the versions that a run depends on, and the commit of this checkout."""
+    here = str(Path(__file__).parent)
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # git is missing, or this is no checkout
+        commit = None
+    packages = {name: version(name) for name in ("torch", "numpy", "tiktoken")}
+    return {"git_hash": commit, "versions": {"python": platform.python_version(), **packages}}
+
+
+def check_installed(package: str) -> None:
+    """Raise ValueError if the package that the flag of the same name needs is missing."""
+    spec = importlib.util.find_spec(package)
+    # a mere folder of that name (wandb makes one for its files) has a spec too, but no origin
+    if spec is None or spec.origin is None:
+        raise ValueError(f"--{package}: the package is not installed: pip install {package}")
+
+
+# -----------------------------------------------------------------------------
+# resuming
+
+
+@dataclass
+class Earlier:
+    """The part of metrics.jsonl from before the step at which the run is resumed."""
+
+    lines: list[str] = field(default_factory=list)
+    events: set[tuple[str, int]] = field(default_factory=set)  # (event, step) of the lines
+    best_loss: float = math.inf  # validation
+    wandb_id: str | None = None
+
+
+def read_earlier(path: Path, step: int) -> Earlier:
+    """Read the lines of metrics.jsonl that a run resumed at `step` keeps.
+
+    Update `step` comes next, so lines about it and about later updates are dropped. Validation,
+    sample and checkpoint of `step` come before that update, so they are kept.
+    """
+    earlier = Earlier()
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a crash cut the line off
+            entry = json.loads(line)
+            if entry["step"] < step + (entry["event"] not in BY_UPDATE):
+                earlier.lines.append(line + "\n")
+                earlier.events.add((entry["event"], entry["step"]))
+                earlier.wandb_id = entry.get("wandb_id", earlier.wandb_id)
+                if entry["event"] == "val":
+                    earlier.best_loss = min(earlier.best_loss, entry["loss"])
+    return earlier
+
+
+# -----------------------------------------------------------------------------
+# the console
+
+
+class Console:
+    """Print one line per event. A terminal also gets a status line, which stays at the bottom."""
+
+    def __init__(self, best_loss: float = math.inf):
+        self.on_terminal = sys.stdout.isatty() and "CI" not in os.environ
+        self.best_loss = best_loss  # validation
+        self.budget = 0  # tokens of the whole run
+        self.step_time = 0.0  # seconds, smoothed
+        self.bar: Any = None  # the status line, from the first step on
+
+    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """Print an event's line and bring the status line up to date."""
+        if event == "run":
+            self.budget = values["config"]["max_steps"] * values["config"]["total_batch_size"]
+        elif event == "train":
+            self.step_time = smoothed(self.step_time, values["dt"])
+        elif event == "val":
+            self.best_loss = min(self.best_loss, values["loss"])
+        if line := self.line(event, step, values):
+            self.say(line)
+        if event == "train" and self.on_terminal:
+            self.show_status(step, values)
+
+    def say(self, line: str) -> None:
+        """Print a line, above the status line if there is one."""
         if self.bar is not None:
             self.bar.write(line)
-        elif self.file is not None:
+        else:
             print(line, flush=True)
 
     def close(self) -> None:
-        """Take the status line away and let the dashboards finish; nothing is written after."""
-        atexit.unregister(self.close)
+        """Remove the status line."""
         if self.bar is not None:
             self.bar.close()
-        if self.board:
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
-        if self.file is not None:
-            self.file.close()
-        self.file = self.bar = self.board = self.wandb = None
+            self.bar = None
 
-    def _show_status(self, step: int, values: dict[str, Any]) -> None:
-        """Keep a line at the bottom of the terminal: progress, time left, best validation loss."""
-        if "tokens_seen" not in values:  # a validation
-            self.best = min(self.best, values["loss"])
-            return
+    def line(self, event: str, step: int, values: dict[str, Any]) -> str:
+        """Return the line of an event; empty for an event that prints none."""
+        match event:
+            case "run":
+                return run_line(values, self.budget)
+            case "train" if self.on_terminal:  # the status line has the time left
+                return train_row(step, values)
+            case "train":
+                return f"{train_line(step, values)}, {self.time_left(values)} left"
+            case "val":
+                return f"step {step}: validation loss {values['loss']:.4f}"
+            case "hellaswag":
+                return hellaswag_line(step, values)
+            case "sample":
+                return f"step {step}: sample: {values['text']!r}"
+            case "skip":
+                return f"step {step}: not applied: {values['why']}"
+            case "checkpoint":
+                return f"step {step}: saved {values['path']}"
+            case "stats":  # for plot.py: too many numbers to read
+                return ""
+        raise AssertionError(f"no such event: {event}")
+
+    def show_status(self, step: int, values: dict[str, Any]) -> None:
+        """Show progress, time left and the best validation loss in the status line."""
         if self.bar is None:
             from tqdm import tqdm
 
@@ -144,95 +226,125 @@ class RunLog:
                 total=self.budget, file=sys.stdout, leave=False, dynamic_ncols=True, miniters=1,
                 bar_format="{percentage:3.0f}% |{bar}| {desc}",
             )  # fmt: skip
-        best = "" if self.best == math.inf else f", best validation loss {self.best:.4f}"
+        best = f", best validation loss {self.best_loss:.4f}" if self.best_loss < math.inf else ""
         self.bar.n = values["tokens_seen"]
-        self.bar.set_description_str(f"step {step}, {self._time_left(values)} left{best}")
+        self.bar.set_description_str(f"step {step}, {self.time_left(values)} left{best}")
 
-    def _time_left(self, v: dict[str, Any]) -> timedelta:
-        steps_left = (self.budget - v["tokens_seen"]) / v["batch_tokens"]
-        return timedelta(seconds=round(steps_left * self.seconds))
+    def time_left(self, values: dict[str, Any]) -> timedelta:
+        """Return the time that the rest of the budget takes, in steps as large as this one."""
+        steps_left = (self.budget - values["tokens_seen"]) / values["batch_tokens"]
+        return timedelta(seconds=round(steps_left * self.step_time))
 
-    def _console_line(self, event: str, step: int, v: dict[str, Any]) -> str:
-        match event:
-            case "run":
-                config = v["config"]
-                self.budget = config["max_steps"] * config["total_batch_size"]
-                return (
-                    f"{v['n_params']:,} parameters on {v['world_size']} x {v['device']}, "
-                    f"{v['dtype']}, {'compiled' if v['compile'] else 'not compiled'}; "
-                    f"{self.budget:,} tokens ({v['passes']:.2f} passes over the data) in steps of "
-                    f"{config['total_batch_size']:,}, {v['micro_batch_size']} rows at a time"
-                )
-            case "train":
-                # smoothed; the first step, which compiles, is soon forgotten
-                self.seconds = (
-                    v["dt"]
-                    if self.seconds == 0
-                    else min(v["dt"], 0.9 * self.seconds + 0.1 * v["dt"])
-                )
-                wait = v["data_wait"] / v["dt"]
-                if self.on_terminal:
-                    return (
-                        f"{step:6d}  loss {v['loss']:.4f}  lr {v['lr']:.2e}  "
-                        f"norm {v['grad_norm']:6.3f}  {v['dt'] * 1e3:5.0f} ms  "
-                        f"{v['tokens_per_sec']:9,.0f} tok/s"
-                        + (f"  mfu {v['mfu']:.0%}" if v["mfu"] else "")
-                        + (f"  waited {wait:.0%}" if wait > 0.01 else "")
-                    )
-                mfu = f", mfu {v['mfu']:.1%}" if v["mfu"] else ""
-                waited = f", waited {wait:.0%} for data" if wait > 0.01 else ""
-                return (
-                    f"step {step}: loss {v['loss']:.4f}, lr {v['lr']:.2e}, "
-                    f"norm {v['grad_norm']:.3f}, {v['dt'] * 1e3:.0f} ms, "
-                    f"{v['tokens_per_sec']:,.0f} tokens/s{mfu}{waited}, "
-                    f"{self._time_left(v)} left"
-                )
-            case "val":
-                return f"step {step}: validation loss {v['loss']:.4f}"
-            case "hellaswag":
-                return (
-                    f"step {step}: HellaSwag ({v['style']}): acc {v['acc']:.4f}, "
-                    f"acc_norm {v['acc_norm']:.4f}"
-                )
-            case "sample":
-                return f"step {step}: sample: {v['text']!r}"
-            case "skip":
-                return f"step {step}: not applied: {v['why']}"
-            case "checkpoint":
-                return f"step {step}: saved {v['path']}"
-            case "stats":  # for pictures: too many numbers to read
-                return ""
-        raise AssertionError(f"no such event: {event}")
+
+def smoothed(before: float, dt: float) -> float:
+    """Return the smoothed time of a step, from the one before (0: none) and the newest time.
+
+    It falls at once to a shorter time, and rises by a tenth of the difference to a longer one. So
+    the first step, which is long because it compiles, soon has no effect.
+    """
+    return dt if before == 0 else min(dt, 0.9 * before + 0.1 * dt)
+
+
+def run_line(v: dict[str, Any], budget: int) -> str:
+    return (
+        f"{v['n_params']:,} parameters on {v['world_size']} x {v['device']}, "
+        f"{v['dtype']}, {'compiled' if v['compile'] else 'not compiled'}; "
+        f"{budget:,} tokens ({v['passes']:.2f} passes over the data) in steps of "
+        f"{v['config']['total_batch_size']:,}, {v['micro_batch_size']} rows at a time"
+    )
+
+
+def train_row(step: int, v: dict[str, Any]) -> str:
+    """Return the line of a step for a terminal, in columns."""
+    wait = v["data_wait"] / v["dt"]
+    mfu = f"  mfu {v['mfu']:.0%}" if v["mfu"] else ""
+    waited = f"  waited {wait:.0%}" if wait > 0.01 else ""
+    return (
+        f"{step:6d}  loss {v['loss']:.4f}  lr {v['lr']:.2e}  norm {v['grad_norm']:6.3f}  "
+        f"{v['dt'] * 1e3:5.0f} ms  {v['tokens_per_sec']:9,.0f} tok/s{mfu}{waited}"
+    )
+
+
+def train_line(step: int, v: dict[str, Any]) -> str:
+    """Return the line of a step for a file or a pipe, in words."""
+    wait = v["data_wait"] / v["dt"]
+    mfu = f", mfu {v['mfu']:.1%}" if v["mfu"] else ""
+    waited = f", waited {wait:.0%} for data" if wait > 0.01 else ""
+    return (
+        f"step {step}: loss {v['loss']:.4f}, lr {v['lr']:.2e}, norm {v['grad_norm']:.3f}, "
+        f"{v['dt'] * 1e3:.0f} ms, {v['tokens_per_sec']:,.0f} tokens/s{mfu}{waited}"
+    )
+
+
+def hellaswag_line(step: int, v: dict[str, Any]) -> str:
+    scores = f"acc {v['acc']:.4f}, acc_norm {v['acc_norm']:.4f}"
+    return f"step {step}: HellaSwag ({v['style']}): {scores}"
+
+
+# -----------------------------------------------------------------------------
+# dashboards
+
+
+class TensorBoard:
+    """Write a run's numbers for TensorBoard, into the folder `tensorboard` of the run."""
+
+    def __init__(self, out_dir: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what a run resumed at `step` writes again
+        folder = str(out_dir / "tensorboard")
+        self.writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=30)
+
+    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        for name, number in as_scalars(event, values).items():
+            self.writer.add_scalar(name, number, step)
+        if event == "sample":
+            self.writer.add_text("sample", values["text"], step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """Send a run's numbers to Weights & Biases.
+
+    `run_id` is the id of the run to continue; None starts a new one. Raises ValueError if wandb
+    refuses, for example because nobody is logged in.
+    """
+
+    def __init__(self, out_dir: Path, run_id: str | None):
+        import wandb
+
+        try:
+            self.run = wandb.init(
+                project="gpt2", name=out_dir.name, dir=out_dir, id=run_id,
+                resume="allow" if run_id else None,
+            )  # fmt: skip
+        except wandb.errors.Error as error:
+            what = str(error).splitlines()[0]
+            advice = "run `wandb login` or set WANDB_MODE=offline"
+            raise ValueError(f"--wandb: {what}: {advice}") from None
+        # wandb's own step counter never goes back, but the step of a resumed run does
+        self.run.define_metric("*", step_metric="step")
+
+    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        if event == "run":
+            self.run.config.update(values["config"], allow_val_change=True)
+        if numbers := as_scalars(event, values):
+            self.run.log({"step": step, **numbers})
+
+    def close(self) -> None:
+        self.run.finish()
 
 
 def as_scalars(event: str, values: dict[str, Any]) -> dict[str, float]:
-    """Return an event's numbers by name, `event/name`; those of layers as `event/name/layer`."""
+    """Return an event's numbers by name: `event/name`, or `event/name/layer` for stats."""
+    if event == "run":
+        return {}
     numbers: dict[str, float] = {}
-    if event != "run":
-        for name, value in values.items():
-            layers = enumerate(value) if event == "stats" else [(None, value)]
-            for layer, number in layers:
-                if isinstance(number, int | float):
-                    tag = f"{event}/{name}" + ("" if layer is None else f"/{layer:02d}")
-                    numbers[tag] = number
+    for name, value in values.items():
+        if event == "stats":
+            numbers |= {f"stats/{name}/{layer:02d}": number for layer, number in enumerate(value)}
+        elif isinstance(value, int | float):
+            numbers[f"{event}/{name}"] = value
     return numbers
-
-
-def start_wandb(out_dir: Path, run_id: str | None) -> Any:
-    """Start or, given the id of a run, go on with a run of Weights & Biases.
-
-    Raises ValueError where it does not let us in.
-    """
-    import wandb
-
-    try:
-        run = wandb.init(
-            project="gpt2", name=out_dir.name, dir=out_dir, id=run_id,
-            resume="allow" if run_id else None,
-        )  # fmt: skip
-    except wandb.errors.Error as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"--wandb: {why}: run `wandb login` or set WANDB_MODE=offline") from None
-    # wandb's own counter never goes back, as a resumed run must
-    run.define_metric("*", step_metric="step")
-    return run

@@ -1,0 +1,305 @@
+"""RunLog: metrics.jsonl, the lines on the console, the status line, the dashboards."""
+
+import importlib.machinery
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+import time
+import types
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, RUN, command, flags, read_metrics, run_command_line, run_train
+
+from common import runlog
+from common.runlog import RunLog, as_scalars
+
+ABOUT = dict(
+    config={"data_dir": "nowhere", "max_steps": 40, "total_batch_size": 1000}, n_params=1234567,
+    micro_batch_size=4, world_size=2, compile=True, device="cpu", dtype="bfloat16", passes=1.234,
+)  # fmt: skip
+STEP = dict(
+    loss=4.81234, lr=1.5e-3, grad_norm=0.98765, dt=2.0, batch_tokens=1000, tokens_seen=1000,
+    mfu=None, tokens_per_sec=1234.5, data_wait=0.0,
+)  # fmt: skip
+FAST_STEP = {**STEP, "mfu": 0.4321, "data_wait": 0.5}
+SCORE = dict(style="completion", acc=0.28591, acc_norm=0.29549)
+
+
+def start_log(out_dir: Path, monkeypatch: pytest.MonkeyPatch, on_terminal: bool) -> RunLog:
+    """Open a log on a terminal or a pipe, and write its run event."""
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal)
+    log = RunLog(out_dir, 0, is_main=True)
+    log.write("run", 0, **ABOUT)
+    return log
+
+
+# -----------------------------------------------------------------------------
+# metrics.jsonl
+
+
+def test_a_line_of_metrics_has_event_step_and_time_before_the_values(tmp_path):
+    log = RunLog(tmp_path, 0, is_main=True)
+    log.write("run", 0, **ABOUT)
+    log.write("train", 3, **STEP)
+    log.close()
+    first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    about = ["event", "step", "time", *ABOUT, "git_hash", "versions", "data_source"]
+    assert list(json.loads(first)) == about
+    assert list(json.loads(second)) == ["event", "step", "time", *STEP]
+    assert second == json.dumps(json.loads(second))
+    assert json.loads(second).items() >= {"event": "train", "step": 3, **STEP}.items()
+
+
+def test_a_resumed_log_drops_the_lines_that_it_will_write_again(tmp_path):
+    events = ["train", "skip", "stats", "val", "sample", "checkpoint"]
+    lines = [{"event": event, "step": step} for step in (4, 5, 6) for event in events]
+    lines[3]["loss"] = lines[9]["loss"] = lines[15]["loss"] = 1.0
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"event": "tra'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    log = RunLog(tmp_path, 5, is_main=True)
+    log.close()
+    kept = {(m["event"], m["step"]) for m in read_metrics(tmp_path)}
+    by_update = {(event, 4) for event in ("train", "skip", "stats")}
+    assert kept == by_update | {(e, s) for e in ("val", "sample", "checkpoint") for s in (4, 5)}
+    assert log.kept == kept
+
+
+def test_only_the_first_rank_writes(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"event": "val", "step": 0, "loss": 1.0}\n')
+    log = RunLog(tmp_path, 5, is_main=False)
+    log.write("run", 5, **ABOUT)
+    log.write("val", 5, loss=2.0)
+    log.say("a line")
+    log.close()
+    assert log.kept == set()
+    assert capsys.readouterr().out == ""
+    assert len(read_metrics(tmp_path)) == 1
+    RunLog(tmp_path / "other", 0, is_main=False).close()
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_closed_log_writes_nothing(tmp_path, capsys):
+    log = RunLog(tmp_path, 0, is_main=True)
+    log.close()
+    log.write("val", 5, loss=2.0)
+    log.say("a line")
+    log.close()
+    assert read_metrics(tmp_path) == [] and capsys.readouterr().out == ""
+
+
+# -----------------------------------------------------------------------------
+# the console
+
+
+RUN_LINE = (
+    "1,234,567 parameters on 2 x cpu, bfloat16, compiled; 40,000 tokens (1.23 passes over the "
+    "data) in steps of 1,000, 4 rows at a time"
+)
+ROW = "     7  loss 4.8123  lr 1.50e-03  norm  0.988   2000 ms      1,234 tok/s"
+LINE = "step 7: loss 4.8123, lr 1.50e-03, norm 0.988, 2000 ms, 1,234 tokens/s"
+
+
+@pytest.mark.parametrize("on_terminal", [True, False], ids=["terminal", "pipe"])
+@pytest.mark.parametrize(
+    ("event", "values", "lines"),  # the line, or those for a terminal and for a pipe
+    [
+        ("run", ABOUT, [RUN_LINE]),
+        ("train", STEP, [ROW, f"{LINE}, 0:01:18 left"]),
+        (
+            "train",
+            FAST_STEP,
+            [
+                f"{ROW}  mfu 43%  waited 25%",
+                f"{LINE}, mfu 43.2%, waited 25% for data, 0:01:18 left",
+            ],
+        ),
+        ("val", dict(loss=4.81234), ["step 7: validation loss 4.8123"]),
+        ("hellaswag", SCORE, ["step 7: HellaSwag (completion): acc 0.2859, acc_norm 0.2955"]),
+        ("sample", dict(text="Hello,\nI'm"), ['step 7: sample: "Hello,\\nI\'m"']),
+        ("skip", dict(why="loss nan", windows=[0, 4]), ["step 7: not applied: loss nan"]),
+        ("checkpoint", dict(path="log/c.pt", seconds=0.5), ["step 7: saved log/c.pt"]),
+        ("stats", dict(update_ratio=[1e-3, 2e-3]), [""]),
+    ],
+)
+def test_each_event_has_its_console_line(
+    tmp_path, monkeypatch, capsys, on_terminal, event, values, lines
+):
+    log = start_log(tmp_path, monkeypatch, on_terminal)
+    capsys.readouterr()
+    log.write(event, 7, **values)
+    line, end, status = capsys.readouterr().out.partition("\n")
+    log.close()
+    assert line == (lines[0] if on_terminal else lines[-1])
+    assert bool(end) == bool(line)
+    assert bool(status) == (on_terminal and event == "train")
+
+
+LEFT = ("0:01:18", "0:00:38", "0:01:14")  # 39 steps of 2 s, 38 of 1 s, 37 of 0.9 * 1 + 0.1 * 11 s
+
+
+@pytest.mark.parametrize("on_terminal", [True, False], ids=["terminal", "pipe"])
+def test_the_time_left_takes_a_shorter_step_in_full_and_a_longer_one_by_a_tenth(
+    tmp_path, monkeypatch, capsys, on_terminal
+):
+    log = start_log(tmp_path, monkeypatch, on_terminal)
+    for step, dt in enumerate((2.0, 1.0, 11.0)):
+        capsys.readouterr()
+        log.write("train", step, **{**STEP, "dt": dt, "tokens_seen": 1000 * (step + 1)})
+        shown = capsys.readouterr().out
+        end = f"step {step}, {LEFT[step]} left" if on_terminal else f", {LEFT[step]} left\n"
+        assert shown.rstrip(" ").endswith(end)
+    log.close()
+
+
+def test_the_status_line_has_the_best_validation_loss_of_the_run_and_its_earlier_part(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "metrics.jsonl").write_text('{"event": "val", "step": 0, "loss": 3.5}\n')
+    log = start_log(tmp_path, monkeypatch, on_terminal=True)
+    for step, (loss, best) in enumerate(((4.0, 3.5), (3.0, 3.0), (5.0, 3.0))):
+        log.write("val", step, loss=loss)
+        capsys.readouterr()
+        log.write("train", step, **STEP)
+        assert f"left, best validation loss {best:.4f}" in capsys.readouterr().out
+    log.say("a line")
+    shown = capsys.readouterr().out
+    assert 0 <= shown.index("a line\n") < shown.rindex("left, best"), "above the status line"
+    log.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+def test_a_terminal_gets_a_status_line_and_a_pipe_gets_plain_lines(data_dir, tmp_path):
+    settings = {**RUN, "data_dir": data_dir, "checkpoint_every": 0}
+    plain = run_command_line("train_gpt2.py", *flags(**settings, out_dir=tmp_path / "plain"))
+    assert "step 9: loss " in plain.stdout and "\r" not in plain.stdout
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (24, 100))
+    env = {name: value for name, value in os.environ.items() if name != "CI"}
+    process = subprocess.Popen(
+        command("train_gpt2.py", *flags(**settings, out_dir=tmp_path / "terminal")),
+        cwd=ROOT, env={**env, "OMP_NUM_THREADS": "1"}, stdout=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            data = os.read(ours, 4096)
+        except OSError:  # Linux's way to say that the other end is closed
+            break
+        if not data:
+            break
+        shown += data
+    assert process.wait() == 0
+    shown = shown.decode()
+    assert "left, best validation loss" in shown, shown
+    assert "tok/s" in shown and "\r" in shown
+    assert "step 9: loss" not in shown and "step 10: validation loss" in shown
+
+
+# -----------------------------------------------------------------------------
+# dashboards (make test-dashboards installs them)
+
+
+def test_dashboards_get_every_number_under_event_name_and_layer():
+    assert as_scalars("train", FAST_STEP) == {
+        f"train/{name}": value for name, value in FAST_STEP.items()
+    }
+    assert "train/mfu" not in as_scalars("train", STEP), "None is not a number"
+    expected = {"hellaswag/acc": 0.28591, "hellaswag/acc_norm": 0.29549}
+    assert as_scalars("hellaswag", SCORE) == expected
+    stats = {"update_ratio": [0.1, 0.2], "grad_norm": [1.0, 2.0]}
+    assert as_scalars("stats", stats) == {
+        "stats/update_ratio/00": 0.1, "stats/update_ratio/01": 0.2,
+        "stats/grad_norm/00": 1.0, "stats/grad_norm/01": 2.0,
+    }  # fmt: skip
+    assert as_scalars("skip", {"why": "nan", "windows": [0, 4]}) == {}
+    assert as_scalars("run", ABOUT) == {}
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_dashboard_package_is_an_error_before_anything_is_written(
+    data_dir, tmp_path, monkeypatch, name
+):
+    monkeypatch.setattr(runlog.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=f"pip install {name}"):
+        run_train(data_dir, tmp_path / "log", **{name: True})
+    assert not (tmp_path / "log").exists()
+    with pytest.raises(ValueError, match=f"pip install {name}"):  # the other ranks must stop too
+        RunLog(tmp_path / "log", 0, is_main=False, **{name: True})
+
+
+def test_a_folder_is_not_taken_for_a_package(tmp_path, monkeypatch):
+    (tmp_path / "only_a_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    runlog.check_installed("json")
+    with pytest.raises(ValueError, match="pip install only_a_folder"):
+        runlog.check_installed("only_a_folder")
+
+
+def test_a_refusal_by_wandb_says_what_to_do(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("no API key\nmore lines")
+
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="here")
+    wandb.init, wandb.errors = refuse, types.SimpleNamespace(Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "metrics.jsonl").write_text("as before")
+    with pytest.raises(ValueError, match=r"^--wandb: no API key: run `wandb login`"):
+        RunLog(tmp_path, 0, is_main=True, wandb=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == "as before"
+
+
+def test_tensorboard_gets_the_same_numbers(data_dir, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    metrics = run_train(data_dir, tmp_path, tensorboard=True, stats_every=5)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for event, name in (("train", "loss"), ("train", "lr"), ("val", "loss")):
+        found = [(s.step, s.value) for s in events.Scalars(f"{event}/{name}")]
+        expected = [(m["step"], m[name]) for m in metrics if m["event"] == event]
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        values = [[value for _, value in pairs] for pairs in (found, expected)]
+        assert values[0] == pytest.approx(values[1], rel=1e-6)
+    assert "stats/update_ratio/01" in events.Tags()["scalars"]
+
+
+def wandb_records(path: Path) -> list[bytes]:
+    """The records of wandb's offline file: blocks of 32 kB, as in LevelDB's logs."""
+    data, at, records, parts = path.read_bytes(), 7, [], b""
+    while at + 7 <= len(data):
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            records.append(parts)
+            parts = b""
+        if (left := -at % 32768) < 7:
+            at += left
+    return records
+
+
+def test_wandb_gets_the_same_numbers_offline(data_dir, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    metrics = run_train(data_dir, tmp_path, wandb=True)
+    (path,) = tmp_path.rglob("run-*.wandb")
+    deadline = time.monotonic() + 20
+    records: list = []
+    # wandb's own process writes the end of the file a moment after finish() has returned
+    while not any(record.HasField("exit") for record in records) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        records = [Record.FromString(record) for record in wandb_records(path)]
+    found = []
+    for record in records:
+        items = {i.key or ".".join(i.nested_key): i.value_json for i in record.history.item}
+        if "train/loss" in items:
+            found.append((int(items["step"]), float(items["train/loss"])))
+    assert found == [(m["step"], m["loss"]) for m in metrics if m["event"] == "train"]
