@@ -3,14 +3,13 @@ Text to token shards, with the GPT-2 BPE:
 
     python fineweb.py                                FineWeb-Edu, 10 billion tokens, from the hub
     python fineweb.py --source 'corpus/*.parquet'    local .parquet, .jsonl, .txt (.gz, .zst too)
-    python fineweb.py --source pydocs                docstrings that this machine already has
+    python fineweb.py --source pydocs                docstrings of installed Python packages
     python fineweb.py --verify --out_dir DIR         check the shards in a folder
 
-The source is cut into units: a run of parquet rows, a range of lines, a text file. Workers read
-and tokenise one unit each; the main process takes their tokens in source order, packs them into
-shards and writes these. The manifest records with each shard the place in the source where it
-ends, so the same command carries on from there after any interruption, and can make one damaged
-shard again.
+The source is cut into units: some rows of parquet, a range of lines, or a text file. Each worker
+reads and tokenises one unit at a time. The main process takes the tokens in source order, packs
+them into shards and writes these. The manifest records where in the source each shard ends. So the
+same command carries on after an interruption, and it can make a single damaged shard again.
 """
 
 import bisect
@@ -49,16 +48,16 @@ class DataConfig:
 
     source: str = "hub"  # hub, pydocs, or a file or glob of .parquet, .jsonl, .txt (also .gz, .zst)
     dataset: str = FINEWEB  # data set on the hub
-    name: str | None = None  # its configuration (sample-10BT, or another data set's own default)
-    split: str = "train"  # its split
+    name: str | None = None  # its configuration (sample-10BT for FineWeb-Edu, else its default)
+    split: str = "train"  # split of the data set
     text_column: str = "text"  # parquet column or JSON field that holds the text
-    out_dir: Path | None = None  # (edu_fineweb10B for the default data, else data/<source>)
-    shard_size: int = 100_000_000  # tokens in a shard
-    max_tokens: int | None = None  # stop after so many tokens
-    num_proc: int = field(default_factory=count_cores)  # worker processes (as many as cores)
-    format: Literal["npy", "bin"] = "npy"  # bin: the files of llm.c and modded-nanogpt
-    retry_minutes: float = 30  # how long to keep trying while the hub fails
-    verify: bool = False  # check the shards in out_dir against their manifest, and stop
+    out_dir: Path | None = None  # folder (edu_fineweb10B for the default data, else data/<source>)
+    shard_size: int = 100_000_000  # tokens per shard
+    max_tokens: int | None = None  # stop after this many tokens
+    num_proc: int = field(default_factory=count_cores)  # worker processes (one for each core)
+    format: Literal["npy", "bin"] = "npy"  # bin: the format of llm.c and modded-nanogpt
+    retry_minutes: float = 30  # how long to try again while the hub fails
+    verify: bool = False  # only check the shards in out_dir against their manifest
 
     def __post_init__(self):
         least = {"shard_size": 2, "max_tokens": 2, "num_proc": 1, "retry_minutes": 0}
@@ -92,11 +91,11 @@ class DataConfig:
 def pack_shards(
     documents: Iterable[np.ndarray | list[int]], shard_size: int, skip: int = 0
 ) -> Iterator[np.ndarray]:
-    """Yield shards of `shard_size` uint16 tokens; the last has what is left.
+    """Yield shards of `shard_size` uint16 tokens; the last holds the rest.
 
-    A document is its tokens without <|endoftext|>, which is put before each (an empty one too).
-    The first `skip` tokens of the result are left out. A full shard comes only when there is a
-    token for the next one, so the last is never empty.
+    The documents come without <|endoftext|>. One is put before each document, even an empty one.
+    The first `skip` tokens of the result are left out. A full shard is yielded only when there is
+    a token for the next one, so the last shard is never empty.
     """
     shard, filled = np.empty(shard_size, np.uint16), 0
     for document in documents:
@@ -114,7 +113,10 @@ def pack_shards(
 
 
 def take_tokens(documents: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """Yield documents until they hold `count` tokens, <|endoftext|> before each included."""
+    """Yield documents until they hold `count` tokens; cut the last one.
+
+    The <|endoftext|> before each document counts as one token.
+    """
     for document in documents:
         yield document[: count - 1]
         count -= 1 + len(document)
@@ -127,7 +129,10 @@ def take_tokens(documents: Iterable[np.ndarray], count: int) -> Iterator[np.ndar
 
 
 def tokenize_unit(source: Source, unit: Unit) -> tuple[np.ndarray | None, int]:
-    """Return a unit's tokens, EOT between its documents (None: it has none), and its nulls."""
+    """Return the tokens of a unit and the number of its nulls (rows without text).
+
+    EOT stands between documents, not before the first. The tokens are None if no row has text.
+    """
     parts, nulls = [], 0
     with blame(source.files[unit.file][0]):
         for text in unit_texts(source, unit):
@@ -139,17 +144,17 @@ def tokenize_unit(source: Source, unit: Unit) -> tuple[np.ndarray | None, int]:
 
 
 class TokenStream:
-    """The tokens of the source from some place on, unit after unit, made by the workers.
+    """The tokens of the source from a place on, unit by unit in order, made by the workers.
 
-    A place is a file, the start of a unit in it, and a number of tokens after that.
+    A place is [file number, start of a unit in this file, tokens after this start].
     """
 
     def __init__(self, config: DataConfig, source: Source, place: list[int], pool: Executor):
-        file, start, self.skip = place  # the tokens skipped are those of the shard before
+        file, start, self.skip = place  # skipped tokens belong to the shard before
         self.source, self.pool, self.retry_minutes = source, pool, config.retry_minutes
         self.units = source_units(replace(source, retry_minutes=config.retry_minutes), file, start)
-        self.in_flight = 2 * config.num_proc + 2  # bounds memory, whatever the source's size
-        self.starts = [(0, file, start)]  # of units: tokens of the stream before it, and its place
+        self.in_flight = 2 * config.num_proc + 2  # units at once: a limit on memory
+        self.starts = [(0, file, start)]  # per unit: tokens before it in the stream, file, start
         self.tokens = self.nulls = 0
         self.read, self.to_read = 0.0, sum(size for _, size in source.files[file:])
 
@@ -162,7 +167,7 @@ class TokenStream:
         def first_result() -> tuple[np.ndarray | None, int]:
             nonlocal failed
             for i, (unit, result) in enumerate(flight if failed else ()):
-                if result.done() and result.exception():  # all that failed goes out again at once
+                if result.done() and result.exception():  # submit all failed units again together
                     flight[i] = submit(unit)
             failed = True
             result = flight[0][1].result()
@@ -184,27 +189,27 @@ class TokenStream:
                 yield tokens
 
     def place(self, tokens: int) -> list[int]:
-        """Return the place so many tokens into the stream; calls must go forward."""
+        """Return the place after `tokens` tokens of the stream; `tokens` must not decrease."""
         del self.starts[: bisect.bisect_right(self.starts, (tokens, 1 << 62)) - 1]
         before, file, start = self.starts[0]
         return [file, start, tokens - before]
 
     def expected_tokens(self) -> int:
-        """Estimate the tokens of the whole stream from the part that has been read."""
+        """Estimate the tokens of the whole stream from the part read so far."""
         return int((self.tokens - self.skip) * max(1.0, self.to_read / (self.read or self.to_read)))
 
 
 # -----------------------------------------------------------------------------
 # the run
 
-
-AFTER_DISK_FULL = "all shards before it are kept, make room and run the same command to carry on"
+AFTER_DISK_FULL = "make room and run the same command to carry on (finished shards are kept)"
 
 
 def check_space(config: DataConfig, source: Source, done: int) -> None:
-    """Say how much room the shards will take; raise OSError if there is less.
+    """Print how much disk space the shards need; raise OSError if there is less.
 
-    An estimate: 0.35 tokens to a byte of parquet is FineWeb-Edu's, 0.25 to one of text is English.
+    This is an estimate: FineWeb-Edu has 0.35 tokens per byte of parquet, English text has 0.25
+    tokens per byte.
     """
     ratios = {".parquet": 0.35, "gzip": 0.75, "zstd": 0.75}
     tokens = 0.0
@@ -215,7 +220,32 @@ def check_space(config: DataConfig, source: Source, done: int) -> None:
     free = shutil.disk_usage(config.folder).free
     say(f"{config.folder}: about {need / 1e9:.2f} GB to write, {free / 1e9:.0f} GB free")
     if need > free:
-        raise OSError(f"{config.folder} is on a disk too small: make room, or set --max_tokens")
+        raise OSError(f"{config.folder}: the disk is too small: make room, or set --max_tokens")
+
+
+def run_manifest(
+    config: DataConfig, source: Source, manifest: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return the manifest of this run, a new one for a new folder.
+
+    Raises ValueError if the given manifest was made with other settings.
+    """
+    settings = {
+        "source": source.name,
+        "text_column": config.text_column,
+        "tokenizer": f"gpt2 {RANKS_SHA256}",
+        "shard_size": config.shard_size,
+        "max_tokens": config.max_tokens,
+        "format": config.format,
+        "revision": source.revision,
+    }
+    for key, value in settings.items() if manifest else ():
+        if manifest.get(key) != value:
+            what = f"{config.folder} was made with {key} {manifest.get(key)}, not {value}"
+            raise ValueError(f"{what}: choose another --out_dir, or delete it")
+    # only the names of local files: the folder may be given to others
+    files = [[path if source.dataset else Path(path).name, size] for path, size in source.files]
+    return manifest or {**settings, "files": files, "tokens": 0, "shards": []}
 
 
 def tokenize(config: DataConfig) -> None:
@@ -224,37 +254,23 @@ def tokenize(config: DataConfig) -> None:
     with contextlib.ExitStack() as stack:
         with advice("choose another --out_dir"):
             stack.enter_context(locked(folder))
-        with advice(f"delete {folder} and start again"):
+        with advice(f"restore it, or delete {folder} and start again"):
             manifest, finished = read_manifest(folder)
-        source = find_source(
-            config.source,
-            dataset=config.dataset,
-            name=config.config_name,
-            split=config.split,
-            text_column=config.text_column,
-            retry_minutes=config.retry_minutes,
-            manifest=manifest,
-        )
-        settings = {
-            "source": source.name,
-            "text_column": config.text_column,
-            "tokenizer": f"gpt2 {RANKS_SHA256}",
-            "shard_size": config.shard_size,
-            "max_tokens": config.max_tokens,
-            "format": config.format,
-            "revision": source.revision,
-        }
-        for key, value in settings.items() if manifest else ():
-            if manifest.get(key) != value:
-                what = f"{folder} was made with {key} {manifest.get(key)}, not {value}"
-                raise ValueError(f"{what}: choose another --out_dir, or delete it")
-        files = [[path if source.dataset else Path(path).name, size] for path, size in source.files]
-        manifest = manifest or {**settings, "files": files, "tokens": 0, "shards": []}
-        shards = manifest["shards"]
-        damaged = [i for i, shard in enumerate(shards) if shard_fault(folder, shard, False)]
-        if not finished and source.name != "pydocs":  # its few megabytes are known only once made
-            check_space(config, source, manifest["tokens"])
         try:
+            source = find_source(
+                config.source,
+                dataset=config.dataset,
+                name=config.config_name,
+                split=config.split,
+                text_column=config.text_column,
+                retry_minutes=config.retry_minutes,
+                manifest=manifest,
+            )
+            manifest = run_manifest(config, source, manifest)
+            shards = manifest["shards"]
+            damaged = [i for i, shard in enumerate(shards) if shard_fault(folder, shard, False)]
+            if not finished and source.name != "pydocs":  # a few MB, counted only once made
+                check_space(config, source, manifest["tokens"])
             # a pool starts its processes only when there is work
             with worker_pool(config.num_proc) as pool:
                 for index in damaged:
@@ -265,7 +281,7 @@ def tokenize(config: DataConfig) -> None:
             what = "a worker process died, perhaps because memory ran out"
             raise OSError(f"{what}: try a lower --num_proc") from None
         except (ConnectionError, TimeoutError) as error:
-            kept = f"{len(shards)} shards in {folder} are kept"
+            kept = f"{len(manifest['shards']) if manifest else 0} shards in {folder} are kept"
             raise OSError(f"{error}, {kept}: run the same command to carry on") from None
     say(f"{folder}: finished, {manifest['tokens']:,} tokens in {len(shards)} shards")
 
@@ -291,7 +307,7 @@ def make_shards(
     with tqdm(initial=done, unit=" tokens", unit_scale=True, disable=None) as bar:
         for tokens in pack_shards(documents(), config.shard_size, stream.skip):
             all_in_one = not shards and given == len(tokens) > 1
-            cut = len(tokens) // 10 or 1  # of a source that ends in its first shard
+            cut = len(tokens) // 10 or 1  # the validation part of a source that fits in one shard
             for part in (tokens[:cut], tokens[cut:]) if all_in_one else (tokens,):
                 split = "train" if shards else "val"
                 name = f"edufineweb_{split}_{len(shards):06d}.{config.format}"
@@ -302,7 +318,7 @@ def make_shards(
                     write_manifest(config.folder, manifest)
                 rate = (manifest["tokens"] - done) / (time.monotonic() - began)
                 say(f"{name}: {len(part):,} tokens; {rate:,.0f} tokens a second so far")
-            del tokens, part  # before the next shard fills up
+            del tokens, part  # frees the memory before the next shard fills
     if not shards:
         raise ValueError(f"{config.source} holds no text: check the file, or --text_column")
     with advice(AFTER_DISK_FULL):
@@ -314,7 +330,7 @@ def make_shards(
 def repair_shard(
     config: DataConfig, manifest: dict[str, Any], source: Source, index: int, pool: Executor
 ) -> None:
-    """Make one recorded shard again."""
+    """Make a damaged shard of the manifest again; its sha256 must be the recorded one."""
     shards = manifest["shards"]
     shard, path = shards[index], config.folder / shards[index]["name"]
     stream = TokenStream(config, source, shards[index - 1]["end"] if index else [0, 0, 0], pool)
@@ -324,7 +340,7 @@ def repair_shard(
         sha256 = write_shard(path, tokens)
     if sha256 != shard["sha256"]:
         path.unlink()
-        raise ValueError(f"{path}: its source gives other tokens now: delete {config.folder}")
+        raise ValueError(f"{path}: the source has changed: delete {config.folder} and start again")
     Path(f"{path}.damaged").unlink(missing_ok=True)
     say(f"{path.name}: made again")
 
@@ -332,12 +348,12 @@ def repair_shard(
 def verify(config: DataConfig) -> None:
     """Check every shard against the manifest; rename damaged ones to NAME.damaged.
 
-    Raises ValueError that names them. The next run finds them missing and makes them again.
+    Raises ValueError with their names. The next run finds them missing and makes them again.
     """
     from tqdm import tqdm
 
     folder, faults = config.folder, []
-    with advice(f"delete {folder} and make it again"):
+    with advice(f"restore it, or delete {folder} and make it again"):
         manifest, _ = read_manifest(folder)
     if manifest is None:
         raise FileNotFoundError(f"{folder} has no {MANIFEST}: name the folder with --out_dir")
@@ -349,15 +365,14 @@ def verify(config: DataConfig) -> None:
                     path.replace(f"{path}.damaged")
             bar.update(shard["tokens"])
     if faults:
-        names = (
-            f"{len(faults)} of {len(manifest['shards'])} shards are damaged: {', '.join(faults)}"
-        )
+        count = f"{len(faults)} of {len(manifest['shards'])}"
+        names = f"{count} shards are damaged: {', '.join(faults)}"
         raise ValueError(f"{folder}: {names}: run the command that made them to repair them")
     say(f"{folder}: {len(manifest['shards'])} shards, {manifest['tokens']:,} tokens, all whole")
 
 
 def main() -> None:
-    """Tokenise or verify, as the command line says."""
+    """Tokenise, or with --verify check the shards."""
     try:
         run_command(DataConfig, lambda config: (verify if config.verify else tokenize)(config))
     except KeyboardInterrupt:

@@ -1,11 +1,12 @@
 """
-What fineweb.py's way of tokenising buys over the plain way, in pairs on the same files:
+Time fineweb.py against the plain way to tokenise, in pairs on the same files:
 
     python benchmarks/data_baseline.py CORPUS.jsonl [--megabytes 150] [--pairs 5]
 
-The plain way is the usual one: `datasets` rows, one at a time, through `multiprocessing.Pool.imap`
-with half the cores, `encode_ordinary` for each document. Its preparation of the data set (a second
-copy of the text on disk) is not counted. Both must write the same tokens.
+The plain way is the usual one. It passes the rows of `datasets` one at a time to
+`multiprocessing.Pool.imap` with half the cores, and calls `encode_ordinary` for each document. The
+time to prepare its data set (a second copy of the text on disk) is not counted. Both ways must
+write the same tokens.
 """
 
 import argparse
@@ -24,14 +25,17 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import corpus  # noqa: E402
-import fineweb  # noqa: E402
+from common.corpus import find_files, source_units, unit_texts  # noqa: E402
+from common.tokenizer import EOT, get_tokenizer  # noqa: E402
 
 SHARD_SIZE = 5_000_000
 
 
 def make_files(corpus: Path, folder: Path, megabytes: int) -> int:
-    """Write parquet files like FineWeb's, 5 kB a document, 1,000 a row group; return the bytes."""
+    """Write parquet files like FineWeb's; return the bytes of their text.
+
+    Documents have 5 kB, row groups 1,000 documents.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -44,7 +48,7 @@ def make_files(corpus: Path, folder: Path, megabytes: int) -> int:
                 pieces.append(piece)
                 piece = ""
     total, copy = 0, 0
-    while total < megabytes * 1e6:  # each copy in another order, and each document different
+    while total < megabytes * 1e6:  # every copy has another order, and no two documents are equal
         order = np.random.default_rng(copy).permutation(len(pieces))
         texts = [f"{copy} {i} {pieces[i][(copy * 37) % 999 :]}" for i in order]
         table = pyarrow.table({"text": texts, "id": [f"<{copy}:{i}>" for i in order]})
@@ -56,15 +60,15 @@ def make_files(corpus: Path, folder: Path, megabytes: int) -> int:
 
 
 def tokenize_row(row: dict) -> np.ndarray:
-    tokens = [fineweb.EOT]
-    tokens.extend(fineweb.get_tokenizer().encode_ordinary(row["text"]))
+    tokens = [EOT]
+    tokens.extend(get_tokenizer().encode_ordinary(row["text"]))
     tokens = np.array(tokens)
     assert (tokens >= 0).all() and (tokens < 2**16).all()
     return tokens.astype(np.uint16)
 
 
 def plain_way(folder: Path, out: Path) -> float:
-    """Tokenise as most do; return the seconds it took once the data set was prepared."""
+    """Tokenise the usual way; return the seconds without the preparation of the data set."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -87,7 +91,7 @@ def plain_way(folder: Path, out: Path) -> float:
 
 
 def our_way(folder: Path, out: Path) -> tuple[float, float]:
-    """Run the command; return its seconds, start-up included, and those of all its processes."""
+    """Run the command; return wall seconds with start-up, and CPU seconds of all its processes."""
     args = ["--source", f"{folder}/*.parquet", "--out_dir", out, "--shard_size", SHARD_SIZE]
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(
@@ -100,8 +104,8 @@ def our_way(folder: Path, out: Path) -> tuple[float, float]:
 
 
 def tokenizer_alone(texts: list[str]) -> tuple[float, float]:
-    """Return wall and CPU seconds of tiktoken for texts that are in memory already."""
-    tokenizer = fineweb.get_tokenizer()
+    """Return wall and CPU seconds of tiktoken for texts in memory."""
+    tokenizer = get_tokenizer()
     wall, cpu = time.perf_counter(), time.process_time()
     for text in texts:
         tokenizer.encode_ordinary(text)
@@ -120,19 +124,19 @@ def main() -> None:
         folder = Path(temporary, "files")
         folder.mkdir()
         size = make_files(args.corpus, folder, args.megabytes) / 1e6
-        source = corpus.find_files(fineweb.DataConfig(source=f"{folder}/*.parquet"))
-        units = corpus.source_units(source, 0, 0)
-        texts = [text for unit in units for text in corpus.unit_texts(source, unit)]
+        source = find_files(f"{folder}/*.parquet")
+        units = source_units(source, 0, 0)
+        texts = [text for unit in units for text in unit_texts(source, unit)]
         parts = [texts[i::cores] for i in range(cores)]
         for pair in range(args.pairs):
             outs = Path(temporary, f"plain{pair}"), Path(temporary, f"ours{pair}")
             outs[0].mkdir()
-            with multiprocessing.get_context("spawn").Pool(1) as pool:  # as in a fresh process
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # a fresh process
                 plain.append(pool.apply_async(_plain_in_child, (folder, outs[0])).get())
             wall, cpu = our_way(folder, outs[1])
             ours.append(wall)
             ours_cpu.append(cpu)
-            with multiprocessing.Pool(cores) as pool:  # every core at once, as in the real run
+            with multiprocessing.Pool(cores) as pool:  # all cores at once, as in a real run
                 alone = pool.map(tokenizer_alone, parts, chunksize=1)
             alone_wall.append(max(wall for wall, _ in alone))
             alone_cpu.append(sum(cpu for _, cpu in alone))
@@ -156,7 +160,7 @@ def main() -> None:
 
 
 def _plain_in_child(folder: Path, out: Path) -> float:
-    multiprocessing.current_process()._config["daemon"] = False  # it has a pool of its own
+    multiprocessing.current_process()._config["daemon"] = False  # so that it may start its own pool
     return plain_way(folder, out)
 
 

@@ -1,5 +1,5 @@
 """
-Peak memory of a command's processes, from /proc (Linux), asked ten times a second:
+Measure the peak memory of a command's processes, from /proc (Linux), ten times a second:
 
     python benchmarks/data_memory.py fineweb.py --source 'corpus/*.parquet' --out_dir DIR
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def peak_of(pid: int) -> int:
-    """Return a process's peak resident memory in kB (0: it is gone)."""
+    """Return the peak resident memory of a process in kB, 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,14 +1,15 @@
-"""The command line of every script: flags from a dataclass, errors of one line, signals."""
+"""The command line of every script: flags from a dataclass, one-line errors, signals."""
 
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 
@@ -19,9 +20,9 @@ Config = TypeVar("Config")
 def run_command(config_class: type[Config], run: Callable[[Config], None]) -> None:
     """Parse the command line into `config_class` and call `run` with the result.
 
-    A user's mistake (a flag that tyro refuses; ValueError or OSError from the configuration or
-    from `run`) becomes one line on stderr, `<script>: error: <what>: <what to do>`, and exit
-    code 2. Under torchrun only rank 0 prints it.
+    A user's mistake is a flag that tyro refuses, or a ValueError or OSError from the configuration
+    or from `run`. It becomes one line on stderr, `<script>: error: <what>: <what to do>`, and exit
+    code 2. Under torchrun only rank 0 prints the line. Other exceptions are bugs and pass through.
     """
     import tyro
 
@@ -33,11 +34,9 @@ def run_command(config_class: type[Config], run: Callable[[Config], None]) -> No
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()]
-        end = next((i for i, line in enumerate(lines) if line.startswith("──") or not line), None)
-        message = " ".join(lines[1:end])
+        message = boxed_message(complaint.getvalue())
         raised = f"Error parsing {config_class.__name__}: "
-        if message.startswith(raised):  # the configuration raised it, and says what to do
+        if message.startswith(raised):  # from the configuration, which says what to do
             fail(script, message.removeprefix(raised))
         fail(script, message.rstrip(".") + f": see python {script} --help")
     except ValueError as error:
@@ -46,6 +45,14 @@ def run_command(config_class: type[Config], run: Callable[[Config], None]) -> No
         run(config)
     except (ValueError, OSError) as error:
         fail(script, explain(error))
+
+
+def boxed_message(box: str) -> str:
+    """Return the message in a box of tyro as one line, without title, frame, hints and footer."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    # a rule ends the message; if stdout is not UTF-8, rules are made of "-" and one precedes it
+    runs = itertools.groupby(lines, key=lambda line: bool(line.strip("─-╰╯")))
+    return " ".join(next((run for is_text, run in runs if is_text), ()))
 
 
 @contextlib.contextmanager
@@ -62,15 +69,21 @@ def advice(what_to_do: str) -> Iterator[None]:
 
 
 def explain(error: Exception) -> str:
-    """Return an error's message and, after it, the advice that the command added."""
-    return ": ".join([str(error), *getattr(error, "__notes__", [])])
+    """Return an error's message, then the advice that the command added, each text once."""
+    return ": ".join(dict.fromkeys([str(error), *getattr(error, "__notes__", [])]))
 
 
-def fail(script: str, message: str) -> None:
+def fail(script: str, message: str) -> NoReturn:
     """Print an error as one line and exit with code 2."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def nearest_divisors(number: int, wanted: int) -> str:
+    """Return up to three divisors of a number close to a wanted one, to propose in an error."""
+    divisors = [n for n in range(1, min(number, 4 * wanted) + 1) if number % n == 0]
+    return " or ".join(map(str, sorted(divisors, key=lambda n: abs(n - wanted))[:3]))
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -94,7 +107,7 @@ def say(message: str) -> None:
 def collect_stop_signals() -> list[int]:
     """Return a list that collects SIGTERM, SIGINT and SIGUSR1 as they arrive.
 
-    The second signal of a kind has its usual effect: it ends the process at once.
+    A second signal of the same kind has its default effect: it ends the process at once.
     """
     received: list[int] = []
 

@@ -1,4 +1,8 @@
-"""Where text comes from: local files, the hub, or docstrings."""
+"""Where text comes from: local files, the hub, or docstrings.
+
+A source is a list of files at a fixed revision. It is cut into units: some rows of parquet, a range
+of lines, or a text file. A worker process can read each unit independently of the others.
+"""
 
 import bisect
 import contextlib
@@ -20,11 +24,11 @@ from common.hub import HubFile, find_dataset, retry
 from common.workers import count_cores, worker_pool
 
 # -----------------------------------------------------------------------------
-# a source's files, and the units that they are cut into
+# the files of a source, and their units
 
-UNIT_BYTES = 2 << 20  # of text: 0.15 s of work, so that small sources keep all cores busy
-HUB_UNIT_BYTES = 16 << 20  # a request each: 3,000 for 10BT, what the hub grants in five minutes
-BIG_ROW_GROUP = 64 << 20  # one above this is read by the main process and handed out as lines
+UNIT_BYTES = 2 << 20  # of text: 0.15 s of work, so small sources keep all cores busy too
+HUB_UNIT_BYTES = 16 << 20  # one request; 3,000 requests for 10BT, the hub's limit for 5 minutes
+BIG_ROW_GROUP = 64 << 20  # the main process reads a larger one and sends its lines to workers
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -33,22 +37,26 @@ class Source:
     """Files in a fixed order at a fixed revision."""
 
     name: str  # local, pydocs, or hub with data set, configuration and split
-    revision: str  # another one when the text is another
-    files: tuple[tuple[str, int], ...]  # paths, and sizes in bytes
+    revision: str  # changes when the text changes
+    files: tuple[tuple[str, int], ...]  # path and size in bytes of each
     text_column: str = "text"
-    dataset: str | None = None  # on the hub
-    retry_minutes: float = 0  # for reads from there
+    dataset: str | None = None  # its name on the hub; None for other sources
+    retry_minutes: float = 0  # how long to repeat a read from the hub that fails
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """A part of one file: some rows of parquet, else some bytes (of the text, if compressed)."""
+    """A part of one file.
+
+    `start` and `stop` are rows of a parquet file, and bytes of any other file. In a compressed file
+    they count bytes of the text, not of the file.
+    """
 
     file: int
     start: int
     stop: int
-    share: float  # of the file, for the progress bar
-    lines: bytes | None = None  # JSON lines in hand, where workers cannot read from the middle
+    share: float  # part of the file (0 to 1), for the progress bar
+    lines: bytes | None = None  # its JSON lines, if a worker cannot start reading in the middle
 
 
 def find_source(
@@ -99,7 +107,7 @@ def find_files(pattern: str, text_column: str = "text") -> Source:
 
 
 def file_kind(path: str) -> tuple[str, str | None]:
-    """Return how to read a file, parquet, json or txt, and its compression."""
+    """Return the format of a file (parquet, json or txt) and its compression."""
     match = re.search(r"\.(parquet|json|txt)l?(\.gz|\.zst)?$", path.lower())
     if not match or match[0].startswith(".parquet."):
         raise ValueError(f"{path} is not .parquet, .jsonl or .txt (or .gz, .zst): convert it")
@@ -107,7 +115,7 @@ def file_kind(path: str) -> tuple[str, str | None]:
 
 
 def open_file(source: Source, file: int) -> BinaryIO:
-    """Open a file of the source, wherever it is."""
+    """Open a file of the source: a local file, one on the hub, or the docstrings in memory."""
     if source.name == "pydocs":
         return io.BytesIO(read_pydocs())
     if source.dataset:
@@ -118,6 +126,7 @@ def open_file(source: Source, file: int) -> BinaryIO:
 
 
 def uncompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
+    """Return a stream of the text in a file."""
     import pyarrow
 
     return pyarrow.input_stream(raw, compression=compression) if compression else raw
@@ -125,18 +134,18 @@ def uncompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
 
 @contextlib.contextmanager
 def blame(path: str) -> Iterator[None]:
-    """Put the name of the file before what is wrong with it."""
+    """Put the name of the file before an error of reading it."""
     try:
         yield
     except (ConnectionError, TimeoutError):
         raise
     except (ValueError, OSError) as error:  # pyarrow's errors are all one or the other
-        what = error if type(error) is ValueError else f"cannot be read ({error}): is it whole?"
+        what = error if type(error) is ValueError else f"cannot be read ({error}): check the file"
         raise ValueError(f"{path} {what}") from None
 
 
 def source_units(source: Source, file: int, start: int) -> Iterator[Unit]:
-    """Cut the source into units, from a place on where one starts."""
+    """Cut the source into units; begin at `start` in `file`, where a unit must start."""
     for at, (path, size) in enumerate(source.files[file:], file):
         kind, compression = file_kind(path)
         with blame(path):
@@ -155,7 +164,7 @@ def source_units(source: Source, file: int, start: int) -> Iterator[Unit]:
 
 
 def stream_units(source: Source, file: int, start: int) -> Iterator[Unit]:
-    """Cut JSON lines that can only be read from the beginning into blocks of whole lines."""
+    """Cut a file that can only be read from its beginning into blocks of whole JSON lines."""
     with open_file(source, file) as raw:
         size, seen, rest = raw.seek(0, os.SEEK_END), raw.seek(0), b""
         text = uncompressed(raw, file_kind(source.files[file][0])[1])
@@ -171,7 +180,7 @@ def stream_units(source: Source, file: int, start: int) -> Iterator[Unit]:
 
 
 def unit_texts(source: Source, unit: Unit) -> Iterator[str | None]:
-    """Yield the texts of a unit, None for a row or file that has none."""
+    """Yield the texts of a unit; None for a row or file without text."""
     kind, compression = file_kind(source.files[unit.file][0])
     if kind == "parquet" and unit.lines is None:
         yield from open_parquet(source, unit.file).texts(unit.start, unit.stop)
@@ -179,7 +188,7 @@ def unit_texts(source: Source, unit: Unit) -> Iterator[str | None]:
         with open_file(source, unit.file) as raw:
             data = uncompressed(raw, compression).read()
         if b"\0" in data:
-            raise ValueError(f"is no text file (byte {data.index(0)} is 0): leave it out")
+            raise ValueError(f"is not a text file (byte {data.index(0)} is 0): leave it out")
         try:
             yield data.decode() or None
         except UnicodeDecodeError as error:
@@ -194,8 +203,8 @@ def json_texts(file: BinaryIO, field: str, unit: Unit) -> Iterator[str | None]:
     at = unit.start
     if unit.lines is None:
         if isinstance(file, io.BufferedReader) and isinstance(file.raw, HubFile):
-            file.raw.fetch(max(0, at - 1), unit.stop + (1 << 16))  # most last lines end there
-        if at:  # a line across the start belongs to the unit before
+            file.raw.fetch(max(0, at - 1), unit.stop + (1 << 16))  # most last lines end in 64 KiB
+        if at:  # a line that begins before `start` belongs to the unit before
             file.seek(at - 1)
             at += len(file.readline()) - 1
     while (unit.lines or at < unit.stop) and (line := file.readline()):
@@ -204,7 +213,7 @@ def json_texts(file: BinaryIO, field: str, unit: Unit) -> Iterator[str | None]:
         except UnicodeDecodeError:
             raise ValueError(f"line at byte {at} is not UTF-8: convert the file") from None
         except ValueError:
-            raise ValueError(f"line at byte {at} is cut off or no JSON: repair it") from None
+            raise ValueError(f"line at byte {at} is cut off or not JSON: repair it") from None
         if not isinstance(row, dict) or not isinstance(row.get(field, 0), str | None):
             fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             hint = f"--text_column is one of {fields}"
@@ -214,7 +223,7 @@ def json_texts(file: BinaryIO, field: str, unit: Unit) -> Iterator[str | None]:
 
 
 class ParquetText:
-    """The text column of a parquet file, by rows."""
+    """The text column of a parquet file, read by row numbers."""
 
     def __init__(self, source: Source, file: int):
         import pyarrow.parquet
@@ -226,7 +235,7 @@ class ParquetText:
             columns = ", ".join(schema.names)
             raise ValueError(f"has no column {name}: --text_column is one of {columns}")
         if str(kind := schema.field(name).type) not in ("string", "large_string"):
-            raise ValueError(f"has {kind}, not text, in column {name}: see --text_column")
+            raise ValueError(f"has {kind}, not text, in column {name}: check --text_column")
         leaves = [self.file.schema.column(i).path for i in range(len(self.file.schema))]
         groups = [self.file.metadata.row_group(i) for i in range(self.file.num_row_groups)]
         self.chunks = [group.column(leaves.index(name)) for group in groups]
@@ -240,17 +249,18 @@ class ParquetText:
             first, last = self.chunks[groups[0]], self.chunks[groups[-1]]
             begin, end = (c.dictionary_page_offset or c.data_page_offset for c in (first, last))
             if (end := end + last.total_compressed_size) - begin < BIG_ROW_GROUP:
-                self.raw.raw.fetch(begin, end)  # other columns come along; most bytes are text
+                self.raw.raw.fetch(begin, end)  # with the other columns: most bytes are text
         for batch in self.file.iter_batches(256, groups, [self.source.text_column]):
             rows = batch.column(0)[max(0, start - row) : max(0, stop - row)]
             row += len(batch)
             yield from rows.to_pylist()
 
     def group_of(self, row: int) -> int:
+        """Return the number of the row group that holds a row."""
         return bisect.bisect_right(self.first_rows, row) - 1
 
     def units(self, start: int) -> Iterator[Unit]:
-        """Cut the rows from start on into runs of row groups, and too big groups into lines."""
+        """Cut the rows from `start` on into units: runs of row groups, and parts of big groups."""
         limit = HUB_UNIT_BYTES if self.source.dataset else UNIT_BYTES
         rows, held = self.first_rows[-1], 0
 
@@ -275,30 +285,31 @@ class ParquetText:
             yield unit(rows)
 
 
-open_parquet = functools.lru_cache(maxsize=1)(ParquetText)  # a worker stays in a file for long
+# a worker's next unit is mostly in the same file
+open_parquet = functools.lru_cache(maxsize=1)(ParquetText)
 
 
 # -----------------------------------------------------------------------------
-# pydocs: the docstrings of the standard library and of this project's own requirements
+# pydocs: the docstrings of the standard library and of packages that this project requires
 
 PYDOCS_PACKAGES = ("numpy", "torch", "datasets")  # besides the standard library
 
 
 def find_pydocs() -> Source:
-    """Describe the embedded corpus by the versions that it is read from."""
+    """Return the source of docstrings; the versions of Python and the packages are its revision."""
     from importlib.metadata import version
 
     versions = [f"{name} {version(name)}" for name in PYDOCS_PACKAGES]
     revision = ", ".join([f"python {sys.version.split()[0]}", *versions])
-    files = (("pydocs.jsonl", 1),)  # a file that is only ever in memory
+    files = (("pydocs.jsonl", 1),)  # this file exists only in memory
     return Source(name="pydocs", revision=revision, files=files, text_column="text")
 
 
 def read_pydocs() -> bytes:
-    """Return one JSON line a module: its docstrings of more than three lines, without repeats.
+    """Return one JSON line for each module: its docstrings of more than three lines, no repeats.
 
-    Modules are found and parsed, never imported, and come in a fixed shuffled order (by the sha256
-    of their names), so that the first tenth of the tokens is a fair sample of all.
+    Modules are parsed, never imported. Their order is shuffled but fixed (by the sha256 of their
+    names), so the first tenth of the tokens, the validation split, is a fair sample.
     """
     import importlib.util
     import sysconfig
@@ -326,14 +337,14 @@ def read_pydocs() -> bytes:
 
 
 def docstrings(path: Path) -> list[str]:
-    """Return the docstrings of more than three lines in a Python file, in their order."""
+    """Return the docstrings of more than three lines in a Python file, in order."""
     import ast
     import warnings
 
     warnings.simplefilter("ignore")  # invalid escapes in old modules
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # templates and files for other versions
+    except (SyntaxError, ValueError):  # templates, and files for other versions of Python
         return []
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners)]

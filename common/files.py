@@ -14,7 +14,10 @@ UNFINISHED = ".unfinished"  # end of a file's temporary name while it is written
 
 
 def take_lock(folder: Path) -> BinaryIO:
-    """Create the folder and lock it until the returned file is closed or this process ends."""
+    """Create the folder and lock it until the returned file is closed or this process ends.
+
+    Raises OSError if the folder cannot be written, ValueError if another process holds the lock.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "ab")  # noqa: SIM115
@@ -32,15 +35,15 @@ def take_lock(folder: Path) -> BinaryIO:
     except OSError as error:
         lock.close()
         what = f"{folder} is in use by another run ({error.strerror})"
-        raise ValueError(f"{what} and is free again when that ends") from None
+        raise ValueError(f"{what}, which must end first") from None
     return lock
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock on a folder; afterwards remove the lock file, and folders that stayed empty.
+    """Hold the lock on a folder; then remove the lock file and the new folders that stayed empty.
 
-    Unfinished files of a killed process are deleted: while we hold the lock, nobody writes them.
+    Deletes the unfinished files of a killed process: nobody else writes them under the lock.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -65,18 +68,22 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing; it appears under its name whole and on disk, or not at all."""
+    """Open a file for writing; it appears under its name whole and on disk, or not at all.
+
+    The data goes to a temporary file in the same folder. Renaming that file replaces the old one
+    in one step, so a reader sees either the old file or the new one, never a part.
+    """
     temporary = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the rename: else a power cut leaves an empty file
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    if os.name != "nt":  # the new name must survive a power cut too
+    if os.name != "nt":  # the new name must survive a power cut too; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)

@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face hub: their files, read by byte ranges."""
+"""Data sets on the Hugging Face hub: find their files and read them by byte ranges."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ from typing import Any
 
 from common.cli import say
 
-READ_AHEAD = 8 << 20  # bytes, where a file is read in turn
+READ_AHEAD = 8 << 20  # bytes in a request when a file is read from start to end
 
 
 class HubFile(io.RawIOBase):
@@ -20,11 +20,8 @@ class HubFile(io.RawIOBase):
     def __init__(self, dataset: str, revision: str, path: str, size: int, retry_minutes: float):
         self.dataset, self.revision, self.path, self.size = dataset, revision, path, size
         self.retry_minutes = retry_minutes
-        self.at, self.begin, self.data = (
-            0,
-            0,
-            b"",
-        )  # position; the bytes at hand and where they start
+        self.at = 0  # position of the next read
+        self.begin, self.data = 0, b""  # the last bytes fetched, and where they start
 
     def readable(self) -> bool:
         return True
@@ -45,14 +42,15 @@ class HubFile(io.RawIOBase):
         return len(data)
 
     def fetch(self, begin: int, stop: int) -> None:
-        """Get some bytes in one request, for the reads that follow."""
+        """Get the bytes from begin to stop in one request; the reads that follow use them."""
         self.begin, self.data = begin, b""
         if begin < (stop := min(stop, self.size)):
             self.data = retry(lambda: self.request(begin, stop), self.retry_minutes)
 
     def request(self, begin: int, stop: int) -> bytes:
+        """Return the bytes from begin to stop. Raises ConnectionError if trying again may help."""
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT  # 10 s without a byte
+        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT  # default: 10 s without data
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         data = b""
@@ -72,7 +70,11 @@ class HubFile(io.RawIOBase):
 
 @contextlib.contextmanager
 def hub_errors() -> Iterator[None]:
-    """Turn what the hub's client raises into ConnectionError, if trying again may help."""
+    """Turn an error of the hub's client into ConnectionError if trying again may help.
+
+    An answer that stays the same (offline, unknown, no access) becomes a ValueError that says what
+    to do.
+    """
     import httpx2
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -83,14 +85,14 @@ def hub_errors() -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled:
-        hint = "unset it, or give files that you have with --source"
-        raise ValueError(f"HF_HUB_OFFLINE keeps fineweb.py from the hub: {hint}") from None
+        hint = "unset it, or name local files with --source"
+        raise ValueError(f"HF_HUB_OFFLINE is set, so the hub is not used: {hint}") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (408, 429) or status >= 500:
             raise ConnectionError(f"the hub answers {status}") from None
         raise ValueError(f"{error}: check --dataset, or set HF_TOKEN") from None
-    except RuntimeError as error:  # data sets that are a program
+    except RuntimeError as error:  # the data set is a Python script, which `datasets` refuses
         raise ValueError(f"{error}: choose another --dataset") from None
     except (httpx2.TransportError, LocalEntryNotFoundError, json.JSONDecodeError) as error:
         what = str(error) or type(error).__name__
@@ -98,7 +100,10 @@ def hub_errors() -> Iterator[None]:
 
 
 def find_dataset(dataset: str, name: str | None, split: str) -> tuple[str, list[tuple[str, int]]]:
-    """Return a data set's revision, and path and size of each file of a configuration's split."""
+    """Return a data set's revision, and the path and size in bytes of each file of one split.
+
+    `name` is the configuration of the data set (None: its default).
+    """
     import datasets
     import httpx2
     from huggingface_hub import HfApi, get_session, set_client_factory
@@ -121,7 +126,10 @@ def find_dataset(dataset: str, name: str | None, split: str) -> tuple[str, list[
 
 
 def retry(call: Callable[[], Any], minutes: float) -> Any:
-    """Return call(), trying again with growing pauses while it raises ConnectionError."""
+    """Return call(); while it raises ConnectionError or TimeoutError, call it again.
+
+    The pauses grow from 0.5 s to 60 s. After `minutes` it raises ConnectionError.
+    """
     give_up, pause = None, 0.5
     while True:
         try:
@@ -131,7 +139,7 @@ def retry(call: Callable[[], Any], minutes: float) -> Any:
                 raise
             give_up = give_up or time.monotonic() + 60 * minutes
             if (left := give_up - time.monotonic()) < pause:
-                raise ConnectionError(f"{error}, for {minutes:g} minutes") from None
+                raise ConnectionError(f"{error}, tried for {minutes:g} minutes") from None
             say(f"{error}: trying again in {pause:g} s, for {left / 60:.0f} minutes more")
             time.sleep(pause)
             pause = min(60, 2 * pause)

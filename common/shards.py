@@ -1,4 +1,8 @@
-"""Token files and their manifest: written, checked, read."""
+"""Token shards and their manifest: write, check and read them.
+
+A shard is a row of uint16 tokens in a `.npy` file, or in a `.bin` file of llm.c. The manifest lists
+the shards of a folder with their token counts and sha256.
+"""
 
 import hashlib
 import io
@@ -13,16 +17,16 @@ import numpy as np
 from common.files import write_atomically
 from common.tokenizer import EOT
 
-MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
-
+MANIFEST = "manifest.json"
+PARTIAL = "manifest.partial.json"  # its name until all shards are written
 
 # -----------------------------------------------------------------------------
 # writing and checking
 
 
 def shard_header(tokens: int, format: str) -> bytes:
-    """Return the bytes of a shard file that come before its tokens."""
-    if format == "bin":  # llm.c: magic, version and number of tokens in 256 int32
+    """Return the bytes that precede the tokens in a shard file (`format`: npy or bin)."""
+    if format == "bin":  # llm.c: magic, version, token count in 256 int32
         return np.array([20240520, 1, tokens] + [0] * 253, "<i4").tobytes()
     header, layout = io.BytesIO(), {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(header, layout)
@@ -36,7 +40,10 @@ def write_shard(path: Path, tokens: np.ndarray) -> str:
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, bool]:
-    """Return the folder's manifest, if it has one, and whether it is finished."""
+    """Return the folder's manifest (None: it has none), and whether it is finished.
+
+    Raises ValueError if the manifest is not JSON.
+    """
     for name in MANIFEST, PARTIAL:
         try:
             return json.loads((folder / name).read_bytes()), name == MANIFEST
@@ -48,7 +55,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, bool]:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], finished: bool = False) -> None:
-    """Record what is done; a finished manifest gets its final name."""
+    """Write the manifest with the sum of its tokens; a finished one gets its final name."""
     manifest["tokens"] = sum(shard["tokens"] for shard in manifest["shards"])
     write_atomically(folder / PARTIAL, (json.dumps(manifest, indent=1) + "\n").encode())
     if finished:
@@ -56,7 +63,10 @@ def write_manifest(folder: Path, manifest: dict[str, Any], finished: bool = Fals
 
 
 def shard_fault(folder: Path, shard: dict[str, Any], thorough: bool = True) -> str | None:
-    """Return what is wrong with a shard on disk; its length alone, if not `thorough`."""
+    """Return what is wrong with a shard on disk, or None; not `thorough`: check only its length.
+
+    `shard` is its entry in the manifest.
+    """
     path, tokens = folder / shard["name"], shard["tokens"]
     header = shard_header(tokens, path.suffix[1:])
     if not path.is_file():
@@ -69,10 +79,10 @@ def shard_fault(folder: Path, shard: dict[str, Any], thorough: bool = True) -> s
                 return "damaged header"
             top = np.memmap(path, "<u2", "r", len(header)).max()
             if top > EOT:
-                return f"id {top}, beyond {EOT}"
+                return f"token id {top}, above {EOT}"
             file.seek(0)
             if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                return "other sha256"
+                return "sha256 differs"
     return None
 
 
@@ -81,11 +91,7 @@ def shard_fault(folder: Path, shard: dict[str, Any], thorough: bool = True) -> s
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Memory-map a shard's tokens (uint16). Raises ValueError if the file is not a whole shard.
-
-    `.npy` is what fineweb.py writes; `.bin` is llm.c's format: 256 int32 of header (magic, version,
-    token count), then the tokens.
-    """
+    """Memory-map the tokens of a shard (uint16). Raises ValueError if it is damaged."""
     try:
         if path.suffix == ".npy":
             tokens = np.lib.format.open_memmap(path, mode="r")  # never unpickles
@@ -97,22 +103,22 @@ def read_shard(path: Path) -> np.ndarray:
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(f"{tokens.ndim}-dimensional {tokens.dtype}, not a row of uint16")
         if tokens.nbytes + tokens.offset != path.stat().st_size:
-            raise ValueError("its length is not what its header says")
-        if hasattr(mmap, "MADV_RANDOM"):  # a window is a page or two: no megabytes ahead of it
+            raise ValueError("its length differs from its header")
+        if hasattr(mmap, "MADV_RANDOM"):  # a window is a page or two: no read-ahead of megabytes
             tokens.base.madvise(mmap.MADV_RANDOM)
     except FileNotFoundError:
         raise
-    except Exception as error:  # numpy raises many kinds on a damaged header
+    except Exception as error:  # numpy raises many types of error for a damaged header
         raise ValueError(f"{path}: not a whole token shard ({error})") from None
-    return tokens.view(np.ndarray)  # slicing a memmap as such is several times slower
+    return tokens.view(np.ndarray)  # slices of a memmap object are several times slower
 
 
 def open_shards(data_dir: Path, split: str, vocab_size: int = 50257) -> list[np.ndarray]:
-    """Memory-map a split's shards in sorted order, after every check that costs next to nothing.
+    """Memory-map the shards of a split in sorted order, after checks that take little time.
 
-    Raises FileNotFoundError or ValueError, naming file and remedy, where a shard is missing or cut
-    short, disagrees with the manifest, or holds ids outside the vocabulary (looked for in 16
-    places of each shard; `--verify` looks everywhere).
+    Raises FileNotFoundError or ValueError with the name of the file if a shard is missing or cut
+    short, differs from the manifest, or holds ids outside the vocabulary. It looks for such ids in
+    16 places of each shard; `shard_fault` checks all tokens.
     """
     paths = sorted(p for p in data_dir.glob(f"*_{split}_*") if p.suffix in (".npy", ".bin"))
     if not paths:
@@ -139,7 +145,7 @@ def open_shards(data_dir: Path, split: str, vocab_size: int = 50257) -> list[np.
 
 
 def fingerprint(data_dir: Path) -> str:
-    """Identify the data: the manifest's sha256, or one over the shards' names and sizes."""
+    """Return a hash of the data: sha256 of the manifest, else of the shards' names and sizes."""
     if not data_dir.is_dir():
         raise FileNotFoundError(f"{data_dir}: no such folder")
     manifest = data_dir / MANIFEST
@@ -151,7 +157,7 @@ def fingerprint(data_dir: Path) -> str:
 
 
 def data_source(data_dir: Path) -> str | None:
-    """Return where the tokens came from, as their manifest has it; None where there is none."""
+    """Return the source of the tokens from their manifest, None without a readable manifest."""
     try:
         return json.loads((data_dir / MANIFEST).read_bytes())["source"]
     except (OSError, ValueError, KeyError, TypeError):

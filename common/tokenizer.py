@@ -40,9 +40,9 @@ def get_tokenizer() -> "tiktoken.Encoding":
     )
 
 
-# A text can be cut here without changing its tokens. GPT-2's split never puts white space after
-# another character in the same piece, and it splits a run of blanks before its last blank.
-# \s without \x1c-\x1f is white space as tiktoken's regular expressions define it.
+# Places where a text can be cut without changing its tokens. GPT-2's split never puts white space
+# after another character in the same piece, and it splits a run of blanks before the last blank.
+# tiktoken's regular expressions do not count \x1c-\x1f as white space, so \s without them.
 SPACE = r"[^\S\x1c-\x1f]"
 SAFE_CUT = re.compile(rf"(?<=\S)(?={SPACE})|(?<={SPACE})(?={SPACE}\S)")
 PART_CHARS = 1 << 18  # tiktoken fails on a million blanks, and needs ten bytes for each character

@@ -14,9 +14,9 @@ def count_cores() -> int:
 
 @contextlib.contextmanager
 def worker_pool(num_proc: int) -> Iterator[Executor]:
-    """Run worker processes, started by `spawn`, the one way that every system has.
+    """Run worker processes, started with `spawn`, which works on every system.
 
-    A pool whose worker dies raises BrokenProcessPool.
+    If a worker dies, the results that are missing raise BrokenProcessPool.
     """
     import multiprocessing
 
@@ -29,7 +29,7 @@ def worker_pool(num_proc: int) -> Iterator[Executor]:
 
 
 def start_worker() -> None:
-    """Leave Ctrl-C to the main process, and end with it, even if it is killed with -9."""
+    """Ignore Ctrl-C, which the main process handles; end when it ends, even by kill -9."""
     import multiprocessing
     import threading
 

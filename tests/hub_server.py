@@ -1,6 +1,6 @@
-"""
-A stand-in for the Hugging Face hub on loopback, as far as `datasets` and `huggingface_hub` need it
-to find and read a data set, with faults on demand.
+"""A stand-in for the Hugging Face hub on loopback, with faults on demand.
+
+It answers only the requests that `datasets` and `huggingface_hub` make to find and read a data set.
 """
 
 import hashlib
@@ -12,23 +12,23 @@ import time
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer:
-    """Serves one data set, `org/corpus`, from a dictionary of path to bytes."""
+    """Serves one data set, `org/corpus`, from a dictionary of paths and contents."""
 
     repo = "org/corpus"
 
     def __init__(self, files: dict[str, bytes], revision: str = REVISION):
         self.files, self.revision = files, revision
-        self.main = revision  # what the branch points to; only `revision` can be read
-        self.faults: deque[str | None] = deque()  # one is taken by each request for a file's bytes
-        self.api_faults: deque[str | None] = deque()  # and one by each other request
+        self.main = revision  # the newest revision; only `revision` can be read
+        self.faults: deque[str | None] = deque()  # each request for bytes of a file takes one
+        self.api_faults: deque[str | None] = deque()  # each other request takes one
         self.requests: list[tuple[str, str, str]] = []  # method, path, Range
-        self.tokens: set[str | None] = set()  # Authorization headers that came
+        self.tokens: set[str | None] = set()  # Authorization headers received
         self.stall_seconds = 60.0
         handler = type("Handler", (HubHandler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -68,15 +68,15 @@ class HubHandler(BaseHTTPRequestHandler):
         self.answer(404, X_Error_Code=code, X_Error_Message=code)
 
     def fault(self, kind: str | None, body: bytes = b"") -> bool:
-        """Do what goes wrong; return whether that was all."""
+        """Cause a fault; return whether it replaces the answer."""
         if kind is None:
             return False
         if kind.isdigit():
             self.answer(int(kind), b"no")
             return True
-        if kind == "reset":  # an abrupt end, before any answer
+        if kind == "reset":  # the connection ends before any answer
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        elif kind == "drop" or kind == "stall":  # the connection ends, or stops, in the body
+        elif kind == "drop" or kind == "stall":  # it ends or stops in the middle of the body
             self.send_response(206)
             self.send_header("Content-Length", str(len(body) or 100))
             self.end_headers()
@@ -84,7 +84,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.wfile.flush()
             if kind == "stall":
                 time.sleep(self.hub.stall_seconds)
-        elif kind == "truncate":  # a whole answer, of half the bytes
+        elif kind == "truncate":  # a complete answer that holds half of the bytes
             self.answer(206, body[: len(body) // 2])
             return True
         self.close_connection = True
@@ -128,7 +128,8 @@ class HubHandler(BaseHTTPRequestHandler):
             folder = path.removeprefix(f"{root}/tree/{self.hub.revision}").strip("/")
             self.tree(folder, "recursive=True" in self.path or "recursive=true" in self.path)
         elif path == f"{root}/paths-info/{self.hub.revision}":
-            wanted = json.loads(form)["paths"] if form[:1] == b"{" else _form_paths(form)
+            is_json = form.startswith(b"{")
+            wanted = (json.loads(form) if is_json else parse_qs(form.decode()))["paths"]
             self.answer_json([self.file_info(name) for name in wanted if name in self.hub.files])
         elif path.startswith(root):
             self.missing("RevisionNotFound")
@@ -164,7 +165,7 @@ class HubHandler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": revision}
         if small:
             return self.answer(200, data, **headers)
-        # large files come from another place, as with the real hub
+        # the real hub too sends clients to another address for large files
         headers |= {"X_Linked_Size": str(len(data)), "X_Linked_ETag": headers["ETag"]}
         return self.answer(302, Location=f"{self.hub.url}/cdn/{name}", **headers)
 
@@ -180,9 +181,3 @@ class HubHandler(BaseHTTPRequestHandler):
             return
         span = f"bytes {begin}-{stop - 1}/{len(data)}"
         self.answer(206 if header else 200, body, Content_Range=span, Accept_Ranges="bytes")
-
-
-def _form_paths(form: bytes) -> list[str]:
-    from urllib.parse import parse_qs
-
-    return parse_qs(form.decode()).get("paths", [])
