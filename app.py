@@ -1,12 +1,12 @@
 """
-A web page to talk to a GPT-2 with. `pip install -r requirements-app.txt`, then:
+A web page that continues a prompt with a GPT-2. `pip install -r requirements-app.txt`, then:
 
     python app.py                           the newest checkpoint in log/, on http://127.0.0.1:7860
     python app.py --model gpt2 --port 80    OpenAI's weights
 
-A Hugging Face Space runs this repository as it is: put `sdk: gradio`, `sdk_version: 6.31.0` and
-`app_file: app.py` at the head of its README.md, and the name of a model on the hub in its variable
-MODEL (or nothing, for OpenAI's GPT-2).
+A Hugging Face Space can run this repository without changes. Put `sdk: gradio`,
+`sdk_version: 6.31.0` and `app_file: app.py` at the head of its README.md. Set its variable MODEL to
+the name of a model on the hub; without it the page uses OpenAI's GPT-2.
 """
 
 import copy
@@ -19,16 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.checkpoint import checkpoint_paths
-from common.cli import run_command
-from common.generate import stream_text
-from sample import SampleConfig, cut_note, model_bytes, quantize
+from common.cli import advice, explain, run_command
+from sample import SampleConfig, continuations, cut_note, model_bytes, quantize
 from train_gpt2 import GPT, TrainConfig, load_model, set_up_machine
 
 if TYPE_CHECKING:
     import gradio
 
 MAX_SAMPLES = 4
-MAX_WAITING = 50  # people in the queue
+MAX_WAITING = 50  # requests in the queue
 CSS = """
 .gradio-container {max-width: 1000px !important; margin: auto}
 #samples textarea {font-family: ui-serif, Georgia, serif; font-size: 1.05rem; line-height: 1.5}
@@ -38,17 +37,19 @@ footer {display: none !important}
 
 @dataclass(frozen=True, kw_only=True)
 class AppConfig:
-    """Serve a web page where a model goes on from what one types."""
+    """Serve a web page where a model continues a prompt."""
 
-    model: str | None = field(  # (variable MODEL, else the newest in log/, else gpt2)
-        default_factory=lambda: os.environ.get("MODEL")
-    )
-    port: int = 7860  # of the page
+    # checkpoint, Hugging Face folder or hub name (variable MODEL, else newest in log/, else gpt2)
+    model: str | None = field(default_factory=lambda: os.environ.get("MODEL"))
+    port: int = 7860  # port of the page
     host: str | None = None  # address to listen on (GRADIO_SERVER_NAME, else 127.0.0.1)
 
 
 def validation_loss(name: str) -> float | None:
-    """Return the last one in the metrics.jsonl beside a checkpoint or export, up to its step."""
+    """Return a checkpoint's validation loss: the last in metrics.jsonl beside it, up to its step.
+
+    An export has no step in its name: the last loss is its own. None if there is no loss.
+    """
     path = Path(name)
     step = int(path.stem[5:]) if path.suffix == ".pt" and path.stem[5:].isdigit() else float("inf")
     try:
@@ -61,7 +62,7 @@ def validation_loss(name: str) -> float | None:
 
 
 def describe(name: str, model: GPT) -> str:
-    """Return the line on top of the page: name, size, validation loss."""
+    """Return the text on top of the page: name, size, validation loss."""
     config, loss = model.config, validation_loss(name)
     padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
     size = sum(p.numel() for p in model.parameters()) - padding
@@ -69,17 +70,17 @@ def describe(name: str, model: GPT) -> str:
         f"{size / 1e6:.0f}M parameters" if size >= 1e7 else f"{size / 1e6:.1f}M parameters",
         f"{config.n_layer} layers of width {config.n_embd}",
         f"context of {config.block_size} tokens",
-        f"validation loss {loss:.3f}" if loss is not None else "validation loss not known",
+        f"validation loss {loss:.3f}" if loss is not None else "validation loss unknown",
     ]
     return f"## {name}\n{' · '.join(facts)}"
 
 
 def make_page(name: str, model: GPT) -> "gradio.Blocks":
-    """Return the page. One text is made at a time; others wait in a queue."""
+    """Return the page. It serves one request at a time; the other requests wait in a queue."""
     import gradio as gr
 
     @functools.cache
-    def int8_model() -> GPT:  # made when first asked for
+    def int8_model() -> GPT:  # made at the first request, then kept
         return quantize(copy.deepcopy(model))
 
     def write(
@@ -89,46 +90,45 @@ def make_page(name: str, model: GPT) -> "gradio.Blocks":
         chosen = int8_model() if int8 else model
         if note := cut_note(chosen, prompt):
             gr.Info(note)
-        settings = dict(
-            num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature,
-            top_k=top_k, seed=seed,
-        )  # fmt: skip
         try:
-            SampleConfig(**settings)  # refuses what cannot be
+            config = SampleConfig(  # raises if a number is out of range
+                num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature,
+                top_k=top_k, seed=seed,
+            )  # fmt: skip
             texts = [prompt] * num_samples
-            for pieces in stream_text(chosen, prompt, **settings):
+            for pieces in continuations(chosen, prompt, config):
                 texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
                 yield [
                     gr.update(value=texts[i] if i < num_samples else "", visible=i < num_samples)
                     for i in range(MAX_SAMPLES)
                 ]
         except ValueError as error:
-            raise gr.Error(str(error)) from None
+            raise gr.Error(explain(error)) from None
 
     small, smaller = (f"{n / 1e6:.0f} MB" for n in (model_bytes(model), model_bytes(model) * 0.26))
     with gr.Blocks(title=f"GPT-2: {name}", analytics_enabled=False) as page:
         gr.Markdown(describe(name, model))
         prompt = gr.Textbox(
             label="Prompt", lines=3, max_lines=12, elem_id="prompt", autofocus=True,
-            placeholder="Leave it empty to start anywhere",
+            placeholder="Leave empty to let the model start",
             value="Hello, I'm a language model,",
         )  # fmt: skip
         with gr.Row():
             start = gr.Button("Write", variant="primary", elem_id="write")
             stop = gr.Button("Stop", variant="stop", elem_id="stop")
         with gr.Row():
-            length = gr.Slider(1, 1000, 200, step=1, label="Length", info="tokens of each sample")
+            length = gr.Slider(1, 1000, 200, step=1, label="Length", info="tokens per sample")
             temperature = gr.Slider(
                 0, 2, SampleConfig.temperature, step=0.05, label="Temperature",
-                info="0: always the likeliest",
+                info="0: always the likeliest token",
             )  # fmt: skip
             top_k = gr.Slider(
-                0, 500, SampleConfig.top_k, step=1, label="Top-k", info="0: among all tokens"
+                0, 500, SampleConfig.top_k, step=1, label="Top-k", info="0: all tokens"
             )
         with gr.Row():
-            samples = gr.Slider(1, MAX_SAMPLES, 1, step=1, label="Samples", info="made together")
+            samples = gr.Slider(1, MAX_SAMPLES, 1, step=1, label="Samples", info="written together")
             seed = gr.Number(
-                SampleConfig.seed, label="Seed", info="of the choices", precision=0, minimum=0
+                SampleConfig.seed, label="Seed", info="same seed, same text", precision=0, minimum=0
             )
             int8 = gr.Checkbox(
                 label="8-bit weights", info=f"{smaller} instead of {small}", elem_id="int8"
@@ -153,9 +153,11 @@ def serve(config: AppConfig) -> None:
     name = config.model or str(next(iter(checkpoint_paths(Path("log"))), "gpt2"))
     with set_up_machine(TrainConfig(dtype="float32")) as machine:
         page = make_page(name, load_model(name, machine.device))
-        sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # none from afar
+        sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
+        # fonts of the visitor's system: the page loads nothing from other servers
         theme = gr.themes.Soft(primary_hue="emerald", font=sans, font_mono=mono)
-        page.launch(server_name=config.host, server_port=config.port, theme=theme, css=CSS)
+        with advice("give another --port or --host"):
+            page.launch(server_name=config.host, server_port=config.port, theme=theme, css=CSS)
 
 
 def main() -> None:

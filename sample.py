@@ -1,13 +1,14 @@
 """
 Text from a trained GPT-2:
 
-    python sample.py --prompt "Hello, I'm a language model,"      the newest checkpoint in log/
-    python sample.py --model gpt2 --int8 < prompt.txt             OpenAI's weights, in a quarter
+    python sample.py --prompt "Hello, I'm a language model,"    from the newest checkpoint in log/
+    python sample.py --model gpt2 --int8 < prompt.txt           OpenAI's weights, in 8 bits
 
 Shapes as in train_gpt2.py; B is the number of samples.
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.cli import run_command
+from common.cli import advice, run_command
 from common.generate import stream_text
 from common.hardware import Device
 from common.tokenizer import encode
@@ -28,37 +29,41 @@ from train_gpt2 import GPT, TrainConfig, load_model, set_up_machine
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Write text that goes on from a prompt."""
+    """Continue a prompt."""
 
     model: str | None = None  # checkpoint, Hugging Face folder or hub name (newest in log/)
-    prompt: str | None = None  # text to go on from; left out: standard input, unless a terminal
-    num_samples: int = 4  # continuations, made side by side
-    max_new_tokens: int = 100  # length of each, unless it ends by itself
-    temperature: float = 1.0  # below 1 the likely becomes likelier; 0: always the likeliest
-    top_k: int = 50  # choose among so many of the likeliest tokens; 0: among all
-    seed: int = 42  # of the choices
+    prompt: str | None = None  # text to continue (standard input, unless it is a terminal)
+    num_samples: int = 4  # number of continuations, written at the same time
+    max_new_tokens: int = 100  # length of each; <|endoftext|> ends it earlier
+    temperature: float = 1.0  # below 1: likely tokens become likelier; 0: the likeliest
+    top_k: int = 50  # choose among this many of the likeliest tokens; 0: all
+    seed: int = 42  # for the random choices: the same seed writes the same text
     int8: bool = False  # weights in 8 bits: a quarter of the memory, and faster on a CPU
     device: Device = "auto"  # where to run
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of weights and arithmetic
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # for weights and arithmetic
 
     def __post_init__(self) -> None:
         least = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}
         for name, value in least.items():
             given = getattr(self, name)
-            if not value <= given < 2**63:  # torch's limit for seeds, and none for the others
+            if not value <= given < 2**63:  # torch's limit for seeds; the others never reach it
                 raise ValueError(f"{name} {given}: give a number of {value} or more")
 
 
 # -----------------------------------------------------------------------------
-# weights for reading: in eight bits, or by columns
+# weights for sampling: in 8 bits, or by columns
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with its matrix (out, in) in 8-bit integers and a scale for each row."""
+    """A linear layer whose matrix (out, in) is 8-bit integers with one scale for each row.
+
+    To write one token, a CPU reads every weight once and multiplies it once. Reading takes longer,
+    so a quarter of the bytes is up to 2.5 times as fast (benchmarks/sample.md).
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        # The scale is rounded first, so that the integers make up for what it loses.
+        # Round the scale before the division: then the integers correct its rounding error.
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12).bfloat16()
         rows = (weight / scale[:, None].float()).round().clamp(-127, 127)
         self.register_buffer("scale", scale)  # (out,)
@@ -68,19 +73,20 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, -2)  # (B*T, in)
         if x.device.type == "cpu" and len(flat) <= 8:
-            # A token needs every weight once: the time goes into reading them, now a quarter.
+            # Few tokens: this kernel reads the integers and never makes a float matrix.
             y = torch._weight_int8pack_mm(flat.bfloat16(), self.rows, self.scale)
-        else:  # many tokens share the cost of turning the weights back
+        else:  # many tokens share the cost of the conversion to floats
             y = F.linear(flat, self.rows.to(x.dtype)) * self.scale
         y = y.view(*x.shape[:-1], -1).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
 class Int8Embedding(nn.Module):
-    """The rows of the output head, which has them less their mean.
+    """The token embedding: the rows of the output head plus their mean.
 
-    Without the mean, all logits of a position are lower by the same amount. No probability notices,
-    but bfloat16 does: GPT-2's logits lie around -100, where its steps are 0.5.
+    The head stores its rows without their mean. This changes all logits of a position by the same
+    amount, so no probability changes. It is needed because the kernel computes in bfloat16: GPT-2's
+    logits lie around -100, where bfloat16 has steps of 0.5.
     """
 
     def __init__(self, head: Int8Linear, mean: Tensor):
@@ -95,9 +101,10 @@ class Int8Embedding(nn.Module):
 
 @torch.no_grad()
 def quantize(model: GPT) -> GPT:
-    """Put the matrices of a model in 8 bits, in place, without the padded rows; return the model.
+    """Convert the matrices of a model to 8 bits, in place; return the model.
 
-    Position embeddings, gains and biases, a hundredth of the whole, stay as they are.
+    The padded rows are dropped. Position embeddings, gains and biases keep their precision: they
+    are a hundredth of the whole.
     """
     for block in model.transformer.h:
         for part in block.attn, block.mlp:
@@ -114,7 +121,7 @@ def quantize(model: GPT) -> GPT:
 def by_columns(model: GPT) -> GPT:
     """Store the matrices of a model by columns, in place; return the model.
 
-    A CPU multiplies one float32 token with them a quarter faster. Rows are better for several
+    A CPU then multiplies one float32 token a quarter faster. Storing by rows is better for several
     tokens at a time, and for bfloat16.
     """
     for layer in model.modules():
@@ -124,7 +131,7 @@ def by_columns(model: GPT) -> GPT:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Return the memory that parameters and buffers take, shared ones once."""
+    """Return the bytes of all parameters and buffers; shared memory counts once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
@@ -142,14 +149,24 @@ def cut_note(model: GPT, prompt: str) -> str:
 
 
 def read_prompt(config: SampleConfig) -> str:
-    """Return --prompt, or what is on standard input, less the line end that echo adds."""
+    """Return --prompt, or standard input without the line end that echo adds."""
     if config.prompt is not None or sys.stdin is None or sys.stdin.isatty():
         return config.prompt or ""
     return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
 
 
+def continuations(model: GPT, prompt: str, config: SampleConfig) -> Iterator[list[str]]:
+    """Yield the next characters of every sample."""
+    settings = ("num_samples", "max_new_tokens", "temperature", "top_k", "seed")
+    with advice("give another prompt, or a model with GPT-2's vocabulary"):
+        yield from stream_text(model, prompt, **{name: getattr(config, name) for name in settings})
+
+
 def sample(config: SampleConfig) -> None:
-    """Print the continuations one below the other; on a terminal, the first as it is made."""
+    """Print the continuations one below the other. A terminal shows the first while it is written.
+
+    Raises ValueError or OSError for what the user has to correct.
+    """
     prompt = read_prompt(config)
     with set_up_machine(TrainConfig(device=config.device, dtype=config.dtype)) as machine:
         model = load_model(config.model, machine.device).to(machine.dtype)
@@ -159,10 +176,8 @@ def sample(config: SampleConfig) -> None:
             by_columns(model)
         if note := cut_note(model, prompt):
             print(note, file=sys.stderr)
-        settings = ("num_samples", "max_new_tokens", "temperature", "top_k", "seed")
-        steps = stream_text(model, prompt, **{name: getattr(config, name) for name in settings})
         texts, live = [prompt] * config.num_samples, sys.stdout.isatty()
-        for i, pieces in enumerate(steps):
+        for i, pieces in enumerate(continuations(model, prompt, config)):
             if live:
                 print(pieces[0] if i else prompt + pieces[0], end="", flush=True)
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]

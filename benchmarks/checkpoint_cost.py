@@ -1,10 +1,9 @@
 """
-What a checkpoint of GPT-2 124M with AdamW's moments costs, against torch.save and fsync alone:
+The cost of a checkpoint of GPT-2 124M with AdamW's moments, compared with torch.save and fsync:
 
     python benchmarks/checkpoint_cost.py FOLDER
 
-In turns; each way keeps its two newest files, so that both write to blocks of the disk that were
-not theirs a moment ago.
+The two ways take turns. Each keeps its two newest files, so both write to new blocks of the disk.
 """
 
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from export import checkpoint_paths, write_checkpoint
+from common.checkpoint import checkpoint_paths, write_checkpoint
 from train_gpt2 import GPT, GPTConfig
 
 

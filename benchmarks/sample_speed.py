@@ -1,10 +1,10 @@
 """
-What sampling costs, per token at batch 1, and what 8-bit weights do to the loss:
+The time per token of sampling at batch 1, and the effect of 8-bit weights on the loss:
 
     python benchmarks/sample_speed.py [ROUNDS] [TOKENS]
     python benchmarks/sample_speed.py CHECKPOINT.pt DATA_DIR
 
-A round runs every variant once, so that a busy machine disturbs all alike: read the ratios.
+A round runs every variant once, so a busy machine slows all of them down: read the ratios.
 """
 
 import copy
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from sample import LayerCache, by_columns, generate, model_bytes, quantize
+from common.generate import LayerCache, generate
+from sample import by_columns, model_bytes, quantize
 from train_gpt2 import GPT, GPTConfig, Windows, load_model
 
 PROMPT = list(range(1000, 1032))
@@ -58,7 +59,7 @@ def speed(rounds: int, tokens: int) -> None:
     times = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
-            read = run(name, 1)[0]  # the prompt, and one token
+            read = run(name, 1)[0]  # the prompt and one token
             times[name].append((run(name, tokens + 1)[0] - read) / tokens)
     full = model_bytes(model)
     print("variant       best ms/token   median   speed, median of ratios to float32   memory")
@@ -79,7 +80,7 @@ def losses(checkpoint: str, data_dir: str, count: int = 100_000) -> None:
     variants["int8"] = quantize(copy.deepcopy(model))
     base = None
     for name, m in variants.items():
-        # up to 8 tokens, int8 computes by another kernel: both count
+        # int8 uses another kernel for up to 8 tokens: measure both
         for stepwise in (False, True)[: 1 + (name == "int8")]:
             total = 0.0
             for a, b in zip(x.split(8), y.split(8), strict=True):
@@ -94,7 +95,7 @@ def losses(checkpoint: str, data_dir: str, count: int = 100_000) -> None:
 
 
 def logits_in_steps(model: GPT, x: torch.Tensor) -> torch.Tensor:
-    """Return the logits (B, T, V), computed as sampling does: a token at a time."""
+    """Return the logits (B, T, V), computed one token at a time, as in sampling."""
     caches = [LayerCache(x.size(1)) for _ in model.transformer.h]
     steps = [
         model.lm_head(model.hidden(x[:, t : t + 1], torch.tensor([t]), caches=caches))

@@ -21,10 +21,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+        # torch.load does not compare the checksums, and a flipped bit is a wrong weight
+        with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise ValueError("a checksum differs")
-        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no pickled code
+        # A pickle can run any code. weights_only refuses all but tensors and plain types.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if not {"model", "model_config"} <= state.keys():
             raise ValueError("it holds no model")
     except Exception as error:  # zipfile, pickle and torch raise many kinds on damage
@@ -47,54 +49,77 @@ def newest_checkpoint(out_dir: Path, say: Callable[[str], None]) -> dict[str, An
 
 
 def write_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
-    """Write a checkpoint, whole or not at all; then delete all but the `keep` newest (0: none).
+    """Write a checkpoint, whole or not at all; then keep only the `keep` newest (0: keep all).
 
-    Raises ValueError, and writes nothing, if a weight is not finite.
+    Raises ValueError, and writes nothing, if a weight is not finite; OSError if the disk is full.
     """
-    # A sum is finite only if all its terms are, and it is cheap. (Sums of weights do not overflow.)
+    # A checkpoint with a NaN would replace a good one, and no run can continue from it. A sum is
+    # cheap, and it is finite only if all its terms are. (Sums of weights do not overflow.)
     wrong = [name for name, weight in state["model"].items() if not weight.sum().isfinite()]
     if wrong:
         raise ValueError(f"{wrong[0]} is not finite, so {path} was not written")
-    with atomic_write(path) as file:
-        torch.save(state, file)
+    try:
+        with atomic_write(path) as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # torch hides the error of the disk behind one of its own
+        raise OSError(str(error.__context__ or error)) from None
     for old in checkpoint_paths(path.parent)[keep:] if keep else []:
         old.unlink()
 
 
-def build_model(model_class: type, config: Any, weights: dict[str, torch.Tensor]) -> Any:
-    """Return `model_class(config)` with these weights, taken over without a copy, as float32.
+def build_model(
+    model_class: type, config_class: type, model_config: dict, weights: dict[str, torch.Tensor]
+) -> Any:
+    """Return a model with these weights as float32. float32 weights are not copied.
 
     An embedding without padding gets it. Raises ValueError that names what is missing or differs.
     """
     try:
+        config = config_class(**model_config)
         weights = {name: weight.float() for name, weight in weights.items()}
         wte = weights.get("transformer.wte.weight", torch.empty(0, 0))
-        if len(wte) == config.vocab_size:
+        head = weights.pop("lm_head.weight", wte)
+        if head is not wte and not torch.equal(head, wte):
+            raise ValueError("lm_head.weight is not the token embedding, as it is in GPT-2")
+        if len(wte) == config.vocab_size < config.padded_vocab_size:
             # Not zeros: GPT-2's logits lie around -30 to -100, where a logit of 0 would take all
             # the probability. The logit of the mean row is the mean logit, and exp(mean) is at most
             # the mean of exp (Jensen): 47 such rows take at most 47/50257 of it.
             padding = wte.mean(dim=0).expand(config.padded_vocab_size - len(wte), -1)
             weights["transformer.wte.weight"] = wte = torch.cat([wte, padding])
-        shapes = {  # looked at before anything is built: a damaged file may ask for a huge model
+        # A damaged file may ask for a model of any size: look at the sizes before building it.
+        if config.n_layer > len(weights):
+            raise ValueError(f"n_layer is {config.n_layer}, but there are {len(weights)} tensors")
+        sizes = {
             "transformer.wte.weight": (config.padded_vocab_size, config.n_embd),
             "transformer.wpe.weight": (config.block_size, config.n_embd),
             f"transformer.h.{config.n_layer - 1}.ln_1.weight": (config.n_embd,),
         }
-        for name, shape in shapes.items():
-            found = tuple(weights[name].shape) if name in weights else "missing"
-            if found != shape or config.n_layer > len(weights):
-                raise ValueError(f"weights of another architecture: {name} is {found}, not {shape}")
+        check_shapes(weights, sizes)
         with torch.device("meta"):  # shapes without memory: the weights bring their own
             model = model_class(config)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        check_shapes(weights, shapes)
+        if extra := sorted(weights.keys() - shapes.keys()):
+            raise ValueError(f"GPT-2 has no tensor {extra[0]}")
         model.load_state_dict({**weights, "lm_head.weight": wte}, assign=True)
-    except (AttributeError, RuntimeError, TypeError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"weights of another architecture: {error}") from None
-    model.lm_head.weight = model.transformer.wte.weight  # tied again
+    model.lm_head.weight = model.transformer.wte.weight  # one matrix again, as in GPT-2
     return model
 
 
-# What makes a run this run: to resume, these settings must be the same. The machine, the precision
-# and how often something is logged may change.
+def check_shapes(weights: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError that names the first tensor that is missing or has another shape."""
+    for name, shape in shapes.items():
+        if name not in weights:
+            raise ValueError(f"{name} is missing")
+        if tuple(weights[name].shape) != shape:
+            raise ValueError(f"{name} is {tuple(weights[name].shape)}, not {shape}")
+
+
+# These settings must be the same to resume a run: a change in one of them makes it another run. The
+# machine, the precision and how often something is logged may change.
 RUN_IS = (
     "seed", "shuffle", "total_batch_size", "batch_ramp_tokens", "batch_ramp_start", "optimizer",
     "max_lr", "warmup_steps", "schedule", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps",
@@ -103,15 +128,15 @@ RUN_IS = (
 
 
 def check_same_run(state: dict[str, Any], train_config: dict[str, Any], data: str) -> None:
-    """Raise ValueError, listing the differences, if a checkpoint belongs to another run.
+    """Raise ValueError that lists the differences if a checkpoint belongs to another run.
 
-    `train_config` is what this run was asked for (None: not asked), `data` its data's fingerprint.
+    `train_config` holds this run's settings (None: not given), `data` the fingerprint of its data.
     """
     pairs = {name: (state["train_config"].get(name), train_config[name]) for name in RUN_IS}
     for name, value in state["model_config"].items():
-        if train_config[name] is not None:
+        if train_config.get(name) is not None:
             pairs[name] = (value, train_config[name])
     pairs["data"] = (state["data"], data)
     differ = [f"{name} was {a}, is now {b}" for name, (a, b) in pairs.items() if a != b]
     if differ:
-        raise ValueError(f"the checkpoint is of another run ({'; '.join(differ)})")
+        raise ValueError(f"the checkpoint belongs to another run ({'; '.join(differ)})")

@@ -1,4 +1,8 @@
-"""Text from a model: the KV cache and the sampling loop."""
+"""Text from a model: the KV cache and the sampling loop.
+
+A language model gives probabilities for the next token. To write text, choose a token, append it,
+and ask again. Shapes as in train_gpt2.py; B is the number of samples.
+"""
 
 import codecs
 from collections.abc import Iterator
@@ -12,13 +16,18 @@ from common.tokenizer import EOT, encode, get_tokenizer
 
 
 class LayerCache:
-    """The keys and values that one layer has computed, in room for all that will come."""
+    """The keys and values of one layer for all tokens so far (the KV cache).
+
+    Attention is causal: a new token does not change what earlier tokens have computed. The new
+    query needs their keys and values, so these are kept. One token then costs one position, where
+    it would cost the whole text again. In float32, GPT-2 124M keeps 74 KB a token.
+    """
 
     def __init__(self, room: int):
-        self.room, self.used = room, 0
+        self.room, self.used = room, 0  # in tokens; memory for all of them is taken once
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, nh, T, hs) of keys and values; return all there are."""
+        """Append keys and values (B, nh, T, hs); return all so far (B, nh, used, hs)."""
         B, nh, T, hs = k.shape
         if self.used == 0:
             self.keys, self.values = (k.new_empty(B, nh, self.room, hs) for _ in range(2))
@@ -28,16 +37,24 @@ class LayerCache:
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
 
     def repeat(self, B: int) -> None:
-        """Give each of B samples a copy of what one row has computed."""
+        """Copy the one row of the prompt for each of B samples."""
         self.keys, self.values = (t.repeat(B, 1, 1, 1) for t in (self.keys, self.values))
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """Return one token id (B,) for each row of logits (B, vocabulary)."""
-    if temperature == 0:
+    """Return one token id (B,) for each row of logits (B, vocabulary).
+
+    `temperature` 0 takes the most likely token; `top_k` 0 chooses among all tokens.
+    """
+    if temperature == 0:  # the limit of the softmax below: all probability goes to the largest
         return logits.argmax(dim=-1)
+    # Each of 50,000 unlikely tokens has little probability, but together they have some. In a long
+    # text one of them is chosen sooner or later, and the model then continues from that mistake.
+    # top_k removes them (Fan et al., 2018; GPT-2 paper: k = 40).
     values, ids = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))
-    # The largest is 0 before the division, so that no temperature makes it overflow.
+    # Logits are log-probabilities plus a constant. Dividing them by the temperature raises each
+    # probability to the power 1/temperature: below 1 likely tokens gain, above 1 unlikely ones do.
+    # The softmax ignores a constant, so subtract the maximum before: then nothing overflows.
     probs = F.softmax((values - values[:, :1]) / temperature, dim=-1)
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
@@ -52,35 +69,38 @@ def stream(
     top_k: int = 50,
     seed: int = 42,
 ) -> Iterator[list[int | None]]:
-    """Yield the next token id of every sample, None for those that have ended.
+    """Yield the next token id of every sample; None for a sample that has ended.
 
-    An empty prompt stands for <|endoftext|>, which also ends a sample. Of a prompt longer than the
-    context, its end is read.
+    <|endoftext|> ends a sample. It also replaces an empty prompt, because it stands before every
+    document in training. If the prompt is longer than the context, only its end is read. Raises
+    ValueError if a token of the prompt is not in the model's vocabulary.
     """
     context, vocab_size = model.config.block_size, model.config.vocab_size
     prompt = (prompt or [EOT])[-context:]
     if max(prompt) >= vocab_size:
         raise ValueError(
-            f"token {max(prompt)} of the prompt is beyond the model's {vocab_size}: "
-            "give another prompt, or a model with GPT-2's vocabulary"
+            f"token {max(prompt)} of the prompt is not among the model's {vocab_size} tokens"
         )
     device = model.transformer.wpe.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     room = min(context, len(prompt) + max_new_tokens)
-    idx = torch.tensor([prompt], device=device)  # read once for all samples
+    idx = torch.tensor([prompt], device=device)  # (1, T): the prompt is read once for all samples
     new, ended = idx, torch.zeros(num_samples, dtype=torch.bool, device=device)
     caches: list[LayerCache] = []
     for _ in range(max_new_tokens):
         if caches and caches[0].used == context:
-            # Full: start again from the newest half. Sliding by one token would move all of them
-            # to other positions, so that nothing kept would hold; this costs one position a token.
+            # The context is full, and there is no vector for a further position. To drop only the
+            # oldest token would move all others to new positions: their keys and values would be
+            # wrong, and every token would cost a whole context. So drop the oldest half and read
+            # the newest half again: one extra position a token, on average.
             new, caches = idx[:, -max(1, context // 2) :], []
         if not caches:
             caches = [LayerCache(room) for _ in model.transformer.h]
         used = caches[0].used
         positions = torch.arange(used, used + new.size(1), device=device)
+        # Only the last position predicts a token that we do not have yet.
         x = model.hidden(new, positions, caches=caches)[:, -1]  # (B, C)
-        logits = model.lm_head(x)[:, :vocab_size]  # the padded ids are none to choose
+        logits = model.lm_head(x)[:, :vocab_size]  # (B, vocabulary), without the padded ids
         if len(idx) < num_samples:
             idx, logits = idx.expand(num_samples, -1), logits.expand(num_samples, -1)
             for cache in caches:
@@ -90,22 +110,27 @@ def stream(
         yield [None if end else id for id, end in zip(choice.tolist(), ended.tolist(), strict=True)]
         if ended.all():
             return
+        # A sample that has ended is computed further, and not shown: the others need the batch.
         new = choice[:, None]  # (B, 1)
         idx = torch.cat([idx[:, -context:], new], dim=1)
 
 
 def generate(model: nn.Module, prompt: list[int], **settings: int | float) -> list[list[int]]:
-    """Return the prompt's continuations, a list of token ids each; settings as of `stream`."""
+    """Return a list of token ids for each continuation; for the settings see `stream`."""
     steps = list(stream(model, prompt, **settings))
     return [[id for id in sample if id is not None] for sample in zip(*steps, strict=True)]
 
 
 def stream_text(model: nn.Module, prompt: str, **settings: int | float) -> Iterator[list[str]]:
-    """Yield the next characters of every sample; settings as of `stream`."""
+    """Yield the next characters of every sample; for the settings see `stream`.
+
+    Raises ValueError if the model's vocabulary is larger than GPT-2's.
+    """
     tokenizer = get_tokenizer()
     if model.config.vocab_size > tokenizer.n_vocab:
-        raise ValueError(f"{model.config.vocab_size} tokens are not GPT-2's: give another model")
-    decoders = []  # a character may be spread over several tokens
+        size = model.config.vocab_size
+        raise ValueError(f"the model has {size} tokens, GPT-2's vocabulary {tokenizer.n_vocab}")
+    decoders = []  # a character may need several tokens: its decoder waits for all its bytes
     for ids in stream(model, encode(prompt).tolist(), **settings):
         decoders = decoders or [codecs.getincrementaldecoder("utf-8")("replace") for _ in ids]
         pieces = [b"" if id is None else tokenizer.decode_single_token_bytes(id) for id in ids]
@@ -114,11 +139,11 @@ def stream_text(model: nn.Module, prompt: str, **settings: int | float) -> Itera
 
 
 def sample_text(model: nn.Module, seed: int) -> list[str]:
-    """Return two continuations of a fixed prompt, so that those of a run can be compared."""
+    """Return two continuations of a fixed prompt: samples of one run can be compared."""
     prompt, training = "Hello, I'm a language model,", model.training
     ids = encode(prompt).tolist()
     model.eval()
-    # not compiled: every new length would be compiled again
+    # not compiled: torch would compile again for every new length
     with torch.compiler.set_stance("force_eager"):
         rows = generate(model, ids, num_samples=2, max_new_tokens=32, seed=seed)
     model.train(training)

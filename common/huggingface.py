@@ -1,4 +1,9 @@
-"""Hugging Face folders as a configuration and weights, both ways."""
+"""Folders in Hugging Face format: read as sizes and weights, and written from them.
+
+Such a folder holds config.json (the sizes), model.safetensors (the weights) and the tokenizer's
+files. `transformers`, lm_eval and many other tools load it. A safetensors file holds numbers only:
+unlike a pickle, it cannot run code.
+"""
 
 import json
 import os
@@ -12,12 +17,14 @@ import torch
 
 from common.tokenizer import EOT, get_tokenizer
 
-TRANSPOSED = ("attn.c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out): a "Conv1D"
-FILES = (
+# OpenAI's code multiplies x @ W, so these matrices are stored as (in, out), under the name Conv1D.
+# nn.Linear holds them as (out, in).
+TRANSPOSED = ("attn.c_attn.weight", "c_proj.weight", "c_fc.weight")
+FILES = (  # of an export
     "config.json", "generation_config.json", "model.safetensors",
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
 )  # fmt: skip
-ONLY = {  # settings of GPT-2's relatives, and the one value that this model computes
+ONLY = {  # settings in which relatives of GPT-2 differ, and the one value that our model computes
     "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -39,8 +46,7 @@ def find_files(name_or_path: str) -> tuple[Path, Path]:
         for name in names:
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"{folder} has no {name}: give a folder that export.py or save_pretrained "
-                    "wrote, or a checkpoint"
+                    f"{folder} has no {name}: give a folder in Hugging Face format, or a checkpoint"
                 )
         return folder / names[0], folder / names[1]
     from huggingface_hub import hf_hub_download
@@ -58,21 +64,23 @@ def find_files(name_or_path: str) -> tuple[Path, Path]:
 
 
 def read_config(path: Path) -> dict[str, int]:
-    """Return the sizes that a config.json gives; ValueError if it is not a GPT-2.
+    """Return the sizes that a config.json gives; ValueError if the model is not a GPT-2.
 
-    The names are those of GPTConfig. A size that is left out is GPT-2 124M's own.
+    The names are those of GPTConfig. A size that the file leaves out is that of GPT-2 124M.
     """
     try:
         given = json.loads(path.read_bytes())
-        if "n_ctx" in given:  # its older name
-            given = {"n_positions": given["n_ctx"], **given}
-    except (ValueError, AttributeError, TypeError, RecursionError):
-        raise ValueError(f"{path} is not a JSON object: get the file again") from None
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} is not a JSON object: get the file again")
+    if "n_ctx" in given:  # the older name of n_positions
+        given = {"n_positions": given["n_ctx"], **given}
     wrong = {k: given[k] for k, only in ONLY.items() if given.get(k, only) != only}
     if wrong.get("activation_function") == "gelu_pytorch_tanh":  # the same function
         del wrong["activation_function"]
     inner, width = given.get("n_inner"), given.get("n_embd", 768)
-    if inner is not None and inner != 4 * width:
+    if inner is not None and (type(width) is not int or inner != 4 * width):
         wrong["n_inner"] = inner
     if wrong:
         listed = ", ".join(f"{name} {value!r}" for name, value in wrong.items())
@@ -89,8 +97,9 @@ def read_config(path: Path) -> dict[str, int]:
 def read_huggingface(name_or_path: str) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     """Return sizes and weights (float32) of a folder in Hugging Face format, or of a hub name.
 
-    The names are ours: sizes as in GPTConfig, weights as in GPT. The embedding has `vocab_size`
-    rows: no padding. Raises FileNotFoundError or ValueError that names the file and what is wrong.
+    The names and layouts are ours: sizes as in GPTConfig, weights as in GPT. The embedding has
+    `vocab_size` rows and no padding. Nothing is compared with the sizes: `build_model` does that.
+    Raises FileNotFoundError or ValueError that names the file and what is wrong.
     """
     import safetensors
 
@@ -105,22 +114,21 @@ def read_huggingface(name_or_path: str) -> tuple[dict[str, int], dict[str, torch
 
 def read_tensors(file: Any, path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of an open safetensors file under our names, as our layers store them."""
-    # Older files lack the prefix, and hold the causal mask of every layer as a buffer.
+    # Older files have no prefix, and they hold the causal mask of every layer as a buffer.
     keys = [key for key in sorted(file.keys()) if not key.endswith((".attn.bias", ".masked_bias"))]
-    stored = {f"transformer.{key.removeprefix('transformer.')}": key for key in keys}
-    head = stored.pop("transformer.lm_head.weight", None)
     weights = {}
-    for name, key in stored.items():
+    for key in keys:
+        name = f"transformer.{key.removeprefix('transformer.')}"
+        if name == "transformer.lm_head.weight":
+            name = "lm_head.weight"
         tensor = file.get_tensor(key)
         if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} is of {tensor.dtype}, not of floats")
+            what = f"{name} holds {tensor.dtype}, not floats"
+            raise ValueError(f"{path}: {what}: get the file again")
         if name.endswith(TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.t()
-        # a copy of its own, so that the file may change or go away afterwards
+        # A copy: the tensors of the file are memory-mapped, and the file may change or go away.
         weights[name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    embedding = weights.get("transformer.wte.weight")
-    if head and (embedding is None or not torch.equal(file.get_tensor(head).float(), embedding)):
-        raise ValueError(f"{path}: lm_head.weight is not the token embedding, as it is in GPT-2")
     return weights
 
 
@@ -131,31 +139,30 @@ def read_tensors(file: Any, path: Path) -> dict[str, torch.Tensor]:
 def write_huggingface(
     model_config: dict[str, Any], weights: dict[str, torch.Tensor], folder: Path
 ) -> None:
-    """Write a model as a folder that `transformers` loads by itself.
+    """Write a model as a folder that `transformers` can load.
 
     `model_config` and `weights` are those of a checkpoint (`model_config`, `model`). The folder
-    appears whole or not at all. It replaces an earlier export; ValueError if there are any other
-    files in it.
+    appears whole or not at all, and replaces an earlier export. Raises what `check_folder` raises,
+    and OSError if the disk is full.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    unknown = {path.name for path in folder.glob("*")} - {*FILES}
-    if unknown or folder.is_file():
-        what = f"holds {min(unknown)}" if unknown else "is a file"
-        raise ValueError(f"{folder} {what}: give a new folder, or one with an earlier export")
+    check_folder(folder)
     vocab_size, tensors = model_config["vocab_size"], {}
     for name, p in weights.items():
         tensor = p.detach().cpu().float()
         if name == "transformer.wte.weight":
             tensor = tensor[:vocab_size]  # the padding is not exported
         tensors[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-    # a smaller vocabulary is not GPT-2's: its tokens are unknown here
+    # A smaller vocabulary is not GPT-2's. We do not know its tokens, so no tokenizer is written.
     end = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), EOT)
     end = end if vocab_size > EOT else {}
     texts = tokenizer_files(model_config["block_size"]) if end else {}
     texts["generation_config.json"] = json.dumps(end, indent=2)
     texts["config.json"] = json.dumps(huggingface_config(model_config) | end, indent=2)
 
+    # Fill a new folder, then give it the name: an error on the way leaves the earlier export.
     folder = folder.resolve()
     new, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
     for leftover in new, old:
@@ -171,19 +178,30 @@ def write_huggingface(
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
+    except SafetensorError as error:  # its form of an OSError
+        raise OSError(str(error)) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ValueError if a folder holds other files than an earlier export."""
+    unknown = {path.name for path in folder.glob("*")} - {*FILES}
+    if unknown:
+        raise ValueError(f"{folder} holds {min(unknown)}, which is not part of an export")
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file")
+
+
 def huggingface_config(model_config: dict[str, Any]) -> dict[str, Any]:
-    """Return what goes into config.json."""
+    """Return the settings for config.json."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         **ONLY,
         "vocab_size": model_config["vocab_size"],
         "n_positions": model_config["block_size"],
-        "n_ctx": model_config["block_size"],  # its older name
+        "n_ctx": model_config["block_size"],  # the older name of n_positions
         "n_layer": model_config["n_layer"],
         "n_head": model_config["n_head"],
         "n_embd": model_config["n_embd"],
@@ -193,10 +211,10 @@ def huggingface_config(model_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def merges(tokens: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the pair that each token longer than a byte is merged from, in the order of the ids.
+    """Yield, for each token longer than one byte, the two tokens that BPE merges into it.
 
-    A list of ranks leaves the pairs out. What BPE has made of a token's bytes before its last
-    merge is that pair.
+    tiktoken's file lists the tokens by rank, without these pairs. To find a pair, run BPE on the
+    token's own bytes, the merge of lowest rank first, and stop when two parts are left.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     for token in tokens:
@@ -210,8 +228,9 @@ def merges(tokens: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def tokenizer_files(block_size: int) -> dict[str, str]:
-    """Return the files, by name, that make `AutoTokenizer` encode as `fineweb.get_tokenizer()`."""
-    # A byte is written as a visible character: itself, or one from 256 on.
+    """Return the files, by name, that make `AutoTokenizer` encode as `get_tokenizer()` does."""
+    # These files are text, but tokens are bytes. GPT-2 writes each byte as a visible character:
+    # itself if it is visible in Latin-1, else the next free one from 256 on.
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     characters = {byte: chr(byte) for byte in visible}

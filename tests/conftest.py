@@ -1,4 +1,4 @@
-"""What several test files need: small shards, the smallest useful run, the commands themselves."""
+"""Helpers for several test files: small shards and models, a short run, the command lines."""
 
 import json
 import os
@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from common.checkpoint import write_checkpoint
+from common.cli import plain
 from train_gpt2 import GPT, GPTConfig, TrainConfig, train
 
-torch.set_num_threads(1)  # models this small only lose by sharing their work
+torch.set_num_threads(1)  # models this small are slower with several threads
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=300)
@@ -48,6 +50,22 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_model() -> GPT:
     torch.manual_seed(0)
     return GPT(GPTConfig(**SMALL))
+
+
+def spread(model: GPT) -> GPT:
+    """Make the weights larger than at initialisation: larger weights show more errors."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+def save(model: GPT, path: Path) -> Path:
+    """Write a checkpoint that holds only a model; return its path."""
+    state = {"model": dict(model.named_parameters()), "model_config": plain(model.config)}
+    write_checkpoint(path, state, keep=0)
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """
-The page in a real browser: chromium and chromedriver, found on the path; requirements-app.txt and
-selenium==4.51.0, by pip.
+The page in a real browser. This needs chromium and chromedriver on the path, and from pip
+requirements-app.txt and selenium==4.51.0.
 
     python -m pytest -m slow tests/test_app.py
 """
@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from test_export import save, spread
+from conftest import ROOT, save, spread
 
-from fineweb import encode
+from common.tokenizer import encode
 from train_gpt2 import GPT, GPTConfig
 
 pytestmark = pytest.mark.slow
@@ -39,7 +38,7 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) ->
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page of a small model that is not clever, but talks for long."""
+    """The page of a small random model that writes long texts."""
     pytest.importorskip("gradio")
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
@@ -70,7 +69,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browse(url: str) -> Iterator[Callable[[], "Person"]]:
-    """Opens the page in a browser of its own."""
+    """Return a function that opens the page in a new browser."""
     webdriver = pytest.importorskip("selenium.webdriver")
     if not shutil.which("chromium") or not shutil.which("chromedriver"):
         pytest.skip("chromium or chromedriver is missing")
@@ -93,7 +92,7 @@ def browse(url: str) -> Iterator[Callable[[], "Person"]]:
 
 
 class Person:
-    """Someone at a browser."""
+    """A person who uses the page in a browser."""
 
     def __init__(self, browser):
         self.browser = browser
@@ -118,11 +117,11 @@ class Person:
         return [box.get_property("value") for box in self.find("#samples textarea")]
 
 
-def test_text_appears_as_it_is_made_and_stops_when_told(browse, tmp_path: Path):
+def test_text_appears_while_it_is_written_and_stops_on_request(browse, tmp_path: Path):
     ann, bob = browse(), browse()
     top = ann.find("h2")[0].text + ann.find("h2 + p")[0].text
     assert "ckpt_000007.pt" in top and "1.7M parameters" in top
-    assert "validation loss 3.281" in top  # of its step, not of a later one
+    assert "validation loss 3.281" in top  # that of its step, not a later one
     ann.type("Once upon a time")
     ann.set("Length", 1000)
     ann.click("#write")
@@ -135,14 +134,14 @@ def test_text_appears_as_it_is_made_and_stops_when_told(browse, tmp_path: Path):
     bob.click("#int8 input")
     bob.click("#write")
     time.sleep(1)
-    assert bob.texts() == [""]  # one after the other
+    assert bob.texts() == [""]  # one request after the other
     ann.click("#stop")
     wait_for(lambda: len(bob.texts()) == 3 and len(bob.texts()[2]) > 20, "bob's turn")
     assert all(text.startswith("It was") for text in bob.texts())
     stopped = ann.texts()[0]
     time.sleep(2)
     assert ann.texts()[0] == stopped and len(encode(stopped)) < 900
-    ann.click("#write")  # and on it goes
+    ann.click("#write")  # it can start again
     wait_for(lambda: ann.texts()[0] != stopped, "text again")
 
 
