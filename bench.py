@@ -1,13 +1,14 @@
 """
-What each speed-up buys, measured: docs/ladder.md explains the rungs.
+The optimisation ladder: measure what each speed-up buys. docs/ladder.md explains the rungs.
 
-    python bench.py                                     GPT-2 124M on the device at hand
+    python bench.py                                     GPT-2 124M on this machine's device
     python bench.py --preset tiny --block_size 64       a minute or two on two CPU cores
     python bench.py --out ladder.json --plot ladder.png
 
-Every rung takes the same steps from the same weights on the same tokens, with train_gpt2.py's own
-model, optimizer and step; what is slower than there is a small subclass here. A rung has a process
-of its own, so that memory and compiler start from nothing; the rounds go up and down the ladder.
+All rungs start from the same weights and train on the same tokens, with the model, optimizer and
+step of train_gpt2.py. For slower rungs, small subclasses here replace parts of its model. Each rung
+runs in a fresh process, so it inherits no memory and no compiled code. The first round goes up the
+ladder, the next one down.
 """
 
 import dataclasses
@@ -17,7 +18,6 @@ import math
 import multiprocessing
 import os
 import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -35,9 +35,10 @@ from torch import Tensor
 from torch._functorch import config as functorch
 
 import train_gpt2
-from common.cli import plain, run_command
-from common.files import atomic_write
-from common.hardware import Device, choose_compile, fits_in_memory, flops_per_token, peak_flops
+from common import hardware
+from common.cli import advice, plain, run_command
+from common.files import write_atomically
+from common.hardware import Device
 from common.runlog import software
 from common.workers import count_cores
 from train_gpt2 import GPT, GPTConfig, TrainConfig
@@ -51,28 +52,29 @@ class BenchConfig:
     """Measure what each speed-up buys: the optimisation ladder, on this machine."""
 
     preset: Literal[tuple(train_gpt2.PRESETS)] = "gpt2"  # size of the model
-    block_size: int | None = None  # context length, in tokens, if not the preset's
+    block_size: int | None = None  # context length in tokens, instead of the preset's
     micro_batch_size: int | None = None  # rows at a time (16 on CUDA, else 2)
-    grad_accum_steps: int | None = None  # micro-batches a step (the preset's batch, or 2 off CUDA)
-    steps: int = 3  # timed steps of a rung in a round, after one that warms up and compiles
-    rounds: int = 2  # how often to go through the ladder
+    grad_accum_steps: int | None = None  # micro-batches a step (2; on CUDA, the preset's batch)
+    steps: int = 3  # timed steps of a rung in a round, after one step to warm up and compile
+    rounds: int = 2  # how many times to run each rung
     device: Device = "auto"  # where to run
-    compile: Literal["auto", "off"] = "auto"  # off: without the rungs that use torch.compile
-    seed: int = 1337  # of weights and tokens
-    out: Path | None = None  # JSON file of the results
-    plot: Path | None = None  # PNG file of a bar chart
+    compile: Literal["auto", "off"] = "auto"  # off: skip the rungs that use torch.compile
+    seed: int = 1337  # for weights and tokens
+    out: Path | None = None  # JSON file for the results
+    plot: Path | None = None  # PNG file for a bar chart
 
     def __post_init__(self) -> None:
         for name in ("block_size", "micro_batch_size", "grad_accum_steps", "steps", "rounds"):
-            if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:
-                raise ValueError(f"{name} {getattr(self, name)}: give a number of 1 or more")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value}: give a number of 1 or more")
         for name in ("out", "plot"):
             path = getattr(self, name)
             if path and not path.absolute().parent.is_dir():
-                raise ValueError(f"{name} {path}: there is no such folder: make it first")
+                raise ValueError(f"{name} {path}: no such folder: create it first")
 
     def train_config(self) -> TrainConfig:
-        """What train_gpt2.py would be asked for."""
+        """Return the same settings as a configuration of train_gpt2.py."""
         given = {name: getattr(self, name) for name in ("preset", "block_size", "device", "seed")}
         return TrainConfig(**given)
 
@@ -82,7 +84,7 @@ class BenchConfig:
 
 
 class NaiveAttention(train_gpt2.CausalSelfAttention):
-    """Attention as the formula has it: scores, mask and weights are T x T matrices in memory."""
+    """Attention as in the formula: scores, mask and weights are T x T matrices in memory."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
         B, T, C = x.shape
@@ -95,7 +97,7 @@ class NaiveAttention(train_gpt2.CausalSelfAttention):
 
 
 class PlainGPT(GPT):
-    """The loss as it is usually written; autocast turns the logits into float32."""
+    """The loss as it is usually written. Autocast turns the logits into float32."""
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         logits = self.lm_head(x)  # (B, T, V)
@@ -103,7 +105,7 @@ class PlainGPT(GPT):
 
 
 class UnpaddedConfig(GPTConfig):
-    """A vocabulary of 50257: an odd number, which no tile size divides."""
+    """A vocabulary of 50257: an odd number, and no tile size divides it."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -122,12 +124,12 @@ class Rung:
     padded: bool = False
     fused: bool = False
     own_model: bool = False  # train_gpt2.GPT itself
-    recompute: bool = False  # train_gpt2.compile_model as it is: on a CPU it keeps less
+    recompute: bool = False  # on a CPU, compute again in backward instead of storing
     largest_batch: bool = False  # the micro-batch that train_gpt2.py would choose
 
 
 FIRST = Rung(name="float32, naive attention, vocabulary 50257")
-CHANGES = {  # every rung keeps those below it
+CHANGES = {  # each rung keeps the changes of the rungs below it
     "TF32": dict(tf32=True),
     "bfloat16 autocast": dict(autocast=True),
     "torch.compile": dict(compile="whole"),
@@ -142,14 +144,12 @@ RECIPE = "the lecture's recipe"
 
 
 def ladder(facts: dict[str, Any]) -> tuple[list[Rung], dict[str, str]]:
-    """Return the rungs to climb, the recipe last, and why each of the others is left out."""
+    """Return the rungs that this machine can run, the recipe last, and why others are left out."""
     device, no_compile = facts["device_type"], facts["no_compile"]
     cuda = device == "cuda"
     why_not = {
         "TF32": "" if cuda else "a format of NVIDIA GPUs",
-        "bfloat16 autocast": "this device is no faster with it"
-        if facts["dtype"] == "float32"
-        else "",
+        "bfloat16 autocast": "this device is no faster with it" * (facts["dtype"] == "float32"),
         "torch.compile": no_compile,
         "compiled by block, loss in one graph": no_compile,
         "less kept for the backward pass": no_compile or "done on CPUs only" * (device != "cpu"),
@@ -182,10 +182,10 @@ def make_rung_model(rung: Rung, config: TrainConfig) -> GPT:
 
 
 def token_stream(config: BenchConfig, T: int, B: int, device: torch.device) -> Iterator:
-    """Yield inputs and targets (B, T) for ever: ids as frequent as words are (Zipf's law)."""
+    """Yield inputs and targets (B, T) without end. Ids are as frequent as words (Zipf's law)."""
     generator = torch.Generator().manual_seed(config.seed)
     frequency = 1 / torch.arange(1.0, 50258)
-    while True:  # a row at a time: the tokens do not depend on B
+    while True:  # one row after the other, so that the tokens do not depend on B
         rows = [torch.multinomial(frequency, T + 1, True, generator=generator) for _ in range(B)]
         rows = torch.stack(rows).to(device)
         yield rows[:, :-1], rows[:, 1:]
@@ -196,14 +196,11 @@ def token_stream(config: BenchConfig, T: int, B: int, device: torch.device) -> I
 
 
 def look_around(config: BenchConfig) -> dict[str, Any]:
-    """Return what the ladder has to know of this machine, and the results are to say of it."""
+    """Return the facts about this machine that the ladder needs and that the results record."""
     with train_gpt2.set_up_machine(config.train_config()) as machine:
         cuda = machine.device.type == "cuda"
-        compiling, missing = choose_compile(config.compile, machine.device)
-        cpu = platform.processor() or platform.machine()
-        if Path("/proc/cpuinfo").exists():
-            found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-            cpu = found[1] if found else cpu
+        cpu = hardware.cpu_name()
+        compiling, missing = hardware.choose_compile(config.compile, machine.device)
         no_compile = "" if compiling else " ".join(missing) or f"--compile {config.compile}"
         return {
             "device_type": machine.device.type,
@@ -220,9 +217,9 @@ def look_around(config: BenchConfig) -> dict[str, Any]:
 
 
 def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> dict[str, Any]:
-    """Take the steps of one rung in this process; seconds, bytes, nats.
+    """Take the steps of one rung in this process; return times in seconds, bytes and nats.
 
-    The device is waited for before and after every step. `cache_dir` is the compiler's.
+    A step is timed from an idle device to an idle device. The compiler caches in `cache_dir`.
     """
     if cache_dir:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir
@@ -240,67 +237,52 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
             max(1, preset.total_batch_size // (B * T)) if cuda else 2
         )
         if rung.largest_batch:
-            size = B * accum & -(B * accum)
-            while size > 1 and not fits_in_memory(model, size, machine.autocast):
-                size //= 2
-            B, accum = size, B * accum // size
+            rows = B * accum
+            B = hardware.largest_that_fits(
+                rows, lambda n: hardware.fits_in_memory(model, n, machine.autocast)
+            )
+            accum = rows // B
         if rung.compile == "blocks":
             train_gpt2.compile_model(model)
+            # compile_model lets a CPU compute again: without `recompute`, store as on a GPU
             functorch.ban_recompute_materialized_backward |= not rung.recompute
         elif rung.compile == "whole":
             model.compile(dynamic=False)
         optimizers = train_gpt2.make_optimizers(model, train_config, machine)
         if not rung.fused:
             for group in optimizers["optimizer"].param_groups:
-                group["fused"] = None  # torch's own choice: a kernel for many tensors, or one each
+                group["fused"] = None  # torch chooses: one kernel for many tensors, or one for each
         scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
         batches, seconds, cpu_seconds = token_stream(config, T, B, device), [], []
         for _ in range(config.steps + 1):
-            if cuda and len(seconds) == 1:
+            if cuda and len(seconds) == 1:  # the first step compiles: its memory does not count
                 torch.cuda.reset_peak_memory_stats()
-            ready = list(itertools.islice(batches, accum))
-            wait_for(device)
+            ready = list(itertools.islice(batches, accum))  # drawing tokens is not timed
+            hardware.wait_for(device)
             start, cpu_start = time.perf_counter(), time.process_time()
             result = train_gpt2.train_step(
                 model, optimizers, scaler, iter(ready), accum, train_config.grad_clip, machine
             )
-            wait_for(device)
+            hardware.wait_for(device)
             seconds.append(time.perf_counter() - start)
             cpu_seconds.append(time.process_time() - cpu_start)
-        peak, size = peak_flops(device), model.config
-        token_flops = flops_per_token(n_params, size.n_layer, size.n_embd, T)
+        peak, size = hardware.peak_flops(device), model.config
+        token_flops = hardware.flops_per_token(n_params, size.n_layer, size.n_embd, T)
         return {
             "compiled": rung.compile != "no",
             "first_step": seconds[0],
             "seconds": seconds[1:],
-            "cpu_seconds": cpu_seconds[1:],  # of all threads: other work on the machine counts less
+            "cpu_seconds": cpu_seconds[1:],  # of all threads: other work disturbs it less
             "loss": result.loss,
-            "peak_memory": peak_memory(device),
+            "peak_memory": hardware.peak_memory(device),
             "micro_batch_size": B,
             "batch_tokens": B * T * accum,
             "mfu_seconds": token_flops / peak * B * T * accum if peak else None,
         }
 
 
-def wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes taken so far: on CUDA by tensors, else by the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if os.name == "nt":
-        return None
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
 def apart(function: Callable, *args: Any) -> Any:
-    """Call a function in a fresh process."""
+    """Call a function in a fresh process and return its result."""
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh) as pool:
         return pool.submit(function, *args).result()
@@ -314,13 +296,13 @@ def climb(config: BenchConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as caches:
         for n in range(config.rounds):
             for i, rung in list(enumerate(rungs))[:: -1 if n % 2 else 1]:
-                if rung.name in left_out:  # it failed before
+                if rung.name in left_out:  # it failed in an earlier round
                     continue
                 print(f"round {n + 1}/{config.rounds}: {rung.name}", file=sys.stderr, flush=True)
                 try:
                     run = apart(measure, rung, config, str(Path(caches, str(i))))
                     runs[rung.name].append(run)
-                except (torch.OutOfMemoryError, BrokenProcessPool):
+                except (torch.OutOfMemoryError, BrokenProcessPool):  # or killed by the system
                     left_out[rung.name] = "out of memory"
     names = [FIRST.name, *CHANGES, RECIPE]
     rows = [summary(name, runs.get(name), left_out.get(name, "")) for name in names]
@@ -332,7 +314,7 @@ def climb(config: BenchConfig) -> dict[str, Any]:
 
 
 def summary(name: str, runs: list[dict] | None, why_not: str) -> dict[str, Any]:
-    """Return a rung's row: medians over the steps of all its rounds."""
+    """Return a rung's row of the results: medians over the steps of all its rounds."""
     if why_not or not runs:
         return {"name": name, "left_out": why_not}
     seconds = [s for run in runs for s in run["seconds"]]
@@ -356,12 +338,12 @@ def summary(name: str, runs: list[dict] | None, why_not: str) -> dict[str, Any]:
 
 def compare(rows: list[dict[str, Any]]) -> None:
     """Add to each row its gain over the rung before it, over the first, and over the recipe."""
-    there = [row for row in rows if "ms_per_step" in row]
-    recipe = next((row for row in there if row["name"] == RECIPE), None)
-    for before, row in zip([None, *there], there, strict=False):
+    measured = [row for row in rows if "ms_per_step" in row]
+    recipe = next((row for row in measured if row["name"] == RECIPE), None)
+    for before, row in zip([None, *measured], measured, strict=False):
         if row is not recipe and before:
             row["gain"] = before["ms_per_step"] / row["ms_per_step"]
-        row["gain_over_first"] = there[0]["ms_per_step"] / row["ms_per_step"]
+        row["gain_over_first"] = measured[0]["ms_per_step"] / row["ms_per_step"]
         if recipe:
             row["gain_over_recipe"] = recipe["ms_per_step"] / row["ms_per_step"]
             if recipe["peak_memory"]:
@@ -395,7 +377,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw tokens a second, a bar for each rung, the first on top."""
+    """Draw a bar chart of tokens a second, the first rung on top."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -419,14 +401,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def bench(config: BenchConfig) -> None:
-    """Climb the ladder; print the table, write what was asked for."""
+    """Run the ladder, print the table, and write the files that were asked for."""
     results = climb(config)
     print(table(results))
-    if config.out:
-        with atomic_write(config.out) as file:
-            file.write(json.dumps(results, indent=1).encode() + b"\n")
-    if config.plot:
-        draw(results, config.plot)
+    with advice("make room, or give another --out or --plot"):
+        if config.out:
+            write_atomically(config.out, json.dumps(results, indent=1).encode() + b"\n")
+        if config.plot:
+            draw(results, config.plot)
 
 
 def main() -> None:

@@ -1,16 +1,16 @@
 """
-HellaSwag: which of four endings goes on from a text? (Zellers et al., 2019)
+HellaSwag: which of four endings continues a text? (Zellers et al., 2019)
 
     python hellaswag.py                                     # the newest checkpoint, else gpt2
     python hellaswag.py --model gpt2-xl --style harness     # as lm-evaluation-harness asks
     torchrun --standalone --nproc_per_node=8 hellaswag.py --model log/ckpt_019073.pt
 
-A model is right where the true ending gets the smallest loss of the four: summed over its tokens
-(acc), or divided by its length (acc_norm). A context is computed once for its four endings: they
-lie behind it in one row, the mask hides them from one another, and the output head, a third of
-the work, sees only the places where a token of an ending is predicted.
+A model's choice is the ending with the smallest loss: the sum over its tokens (acc), or that sum
+divided by the ending's length (acc_norm). A context is computed once for its four endings. They
+stand behind it in one row, and a mask hides them from each other. The output head is a third of the
+work, so it runs only at positions that predict a token of an ending.
 
-Shapes: B rows of a batch, T tokens of a row, N predicted tokens of a batch.
+Shapes: B rows of a batch, T tokens of a row, N predicted tokens of a batch, C width of the model.
 """
 
 import hashlib
@@ -50,18 +50,18 @@ class HellaSwagConfig:
 
     model: str | None = None  # checkpoint, folder or hub name (the newest in log/, else gpt2)
     style: Style = "completion"  # harness: text and normalisation of lm-evaluation-harness
-    data: Path | None = None  # hellaswag_val.jsonl (downloaded once to the cache folder)
-    limit: int | None = None  # score only the first so many examples
+    data: Path | None = None  # file of examples (hellaswag_val.jsonl, downloaded once to a cache)
+    limit: int | None = None  # score only this many examples, the first ones
     device: Device = "auto"  # where to run
-    dtype: Dtype = "auto"  # of matrix products
-    out: Path | None = None  # write one JSON line for each example and a last one with the summary
+    dtype: Dtype = "auto"  # for matrix products
+    out: Path | None = None  # JSON lines: one for each example, and a last one with the summary
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit is {self.limit}: make it 1 or more")
+            raise ValueError(f"--limit {self.limit}: give a number of 1 or more")
         if self.out and (self.out.is_dir() or not os.access(self.out.absolute().parent, os.W_OK)):
             raise ValueError(
-                f"--out {self.out} cannot be written: name a file in a folder of yours"
+                f"--out {self.out} cannot be written: give a file in a folder that you may write to"
             )
 
 
@@ -75,13 +75,14 @@ MAX_LINE = 20_000  # bytes; the longest real line has 2,096
 
 
 def ensure_data(path: Path | None = None) -> Path:
-    """Return the file of examples: `path`, or the validation set, downloaded if it is not cached.
+    """Return the file of examples: `path`, or the validation set in the cache.
 
-    Raises FileNotFoundError if there is no such file, OSError if the download fails.
+    Downloads the set if it is not cached or damaged. Raises FileNotFoundError if `path` does not
+    exist, OSError if the download fails.
     """
     if path is not None:
         if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file: check --data")
+            raise FileNotFoundError(f"{path}: no such file")
         return path
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(cache, "hellaswag", "hellaswag_val.jsonl")
@@ -91,15 +92,12 @@ def ensure_data(path: Path | None = None) -> Path:
         with urllib.request.urlopen(URL, timeout=30) as response:
             data = response.read(SIZE + 1)
         if hashlib.sha256(data).hexdigest() != SHA256:
-            raise OSError("it arrived damaged")
+            raise OSError("the download is damaged")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise OSError(
-            f"HellaSwag cannot be downloaded to {path} ({reason}): put the file there by hand, "
-            "or name one with --data"
-        ) from None
+        raise OSError(f"HellaSwag cannot be downloaded to {path} ({reason})") from None
     return path
 
 
@@ -113,7 +111,7 @@ class Question(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """Examples, and the style they are asked in."""
+    """Examples, and the style in which they are asked."""
 
     style: Style
     items: list[Question]
@@ -122,7 +120,8 @@ class Questions(NamedTuple):
 def load_questions(path: Path, style: Style, limit: int | None = None) -> Questions:
     """Read and tokenise the examples, one JSON object a line.
 
-    Raises ValueError that names the line where one is damaged, OSError if there is no file.
+    Raises ValueError with the line's number if a line is damaged, OSError if the file cannot be
+    read.
     """
     make_question, items = {"completion": as_completion, "harness": as_harness}[style], []
     try:
@@ -133,21 +132,21 @@ def load_questions(path: Path, style: Style, limit: int | None = None) -> Questi
                     continue
                 try:
                     items.append(make_question(parse_line(line)))
-                except (ValueError, RecursionError) as error:  # the latter: [[[[[[...
+                except (ValueError, RecursionError) as error:  # RecursionError: [[[[[[...
                     reason = str(error).split(": line 1 column")[0]
-                    what = f"{path}: line {number} is no HellaSwag example ({reason})"
-                    raise ValueError(f"{what}: mend it, or leave out --data") from None
+                    what = f"{path}: line {number} is not a HellaSwag example ({reason})"
+                    raise ValueError(f"{what}: correct it, or leave out --data") from None
                 if len(items) == limit:
                     break
     except OSError as error:
         raise OSError(f"{path} cannot be read ({error.strerror}): check --data") from None
     if not items:
-        raise ValueError(f"{path} holds no examples: name another file with --data")
+        raise ValueError(f"{path} holds no examples: give another file with --data")
     return Questions(style, items)
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    """Return an example with all its fields checked; ValueError says what is wrong with it."""
+    """Return an example whose fields are all checked. Raises ValueError that says what is wrong."""
     if len(line) > MAX_LINE:
         raise ValueError(f"longer than {MAX_LINE:,} bytes")
     example = json.loads(line.decode().rstrip("\n"))
@@ -155,28 +154,29 @@ def parse_line(line: bytes) -> dict[str, Any]:
         raise ValueError("not a JSON object")
     for name in "activity_label", "ctx", "ctx_a", "ctx_b":
         if not isinstance(example.get(name), str):
-            raise ValueError(f"{name} is not a text" if name in example else f"it has no {name}")
+            raise ValueError(f"{name} is not a string" if name in example else f"no {name}")
     endings = example.get("endings")
     if not isinstance(endings, list) or [type(ending) for ending in endings] != [str] * 4:
-        raise ValueError("endings is not a list of four texts")
+        raise ValueError("endings is not a list of four strings")
     if str(example.get("label")) not in ("0", "1", "2", "3"):
         raise ValueError("label is not 0, 1, 2 or 3")
     return example
 
 
 def as_completion(example: dict[str, Any]) -> Question:
-    """Ask for the context and a blank to be completed; lengths are in tokens."""
+    """Let the model complete the context. A blank begins each ending; lengths are in tokens."""
     endings = [encode(" " + ending).tolist() for ending in example["endings"]]
     context = encode(example["ctx"]).tolist() or [EOT]
     return Question(context, endings, [len(e) for e in endings], int(example["label"]))
 
 
 def as_harness(example: dict[str, Any]) -> Question:
-    """Ask as lm-evaluation-harness does in its task `hellaswag`; lengths are in characters."""
+    """Ask as the task `hellaswag` of lm-evaluation-harness does; lengths are in characters."""
     setting = example["ctx_a"] + " " + example["ctx_b"].capitalize()
     context = clean(example["activity_label"] + ": " + setting)
     texts = [clean(ending) for ending in example["endings"]]
-    # an ending is what the whole has beyond the context's tokens; blanks in between belong to it
+    # An ending is the tokens of the whole text after those of the context. Blanks between the two
+    # belong to the ending.
     ids = encode(context.rstrip()).tolist()
     wholes = [encode(f"{context} {text}").tolist() for text in texts]
     endings = [whole[min(len(ids), len(whole) - 1) :] for whole in wholes]
@@ -184,7 +184,7 @@ def as_harness(example: dict[str, Any]) -> Question:
 
 
 def clean(text: str) -> str:
-    """Take out the markers that WikiHow's headings and steps left in the text."""
+    """Remove the markers of WikiHow's headings and steps, such as [step]."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[[^]\n]*\]", "", text).replace("  ", " ")
 
@@ -194,22 +194,23 @@ def clean(text: str) -> str:
 
 
 class Row(NamedTuple):
-    """A context and endings behind it, and where each token of an ending is predicted."""
+    """A context with endings behind it, and the places that predict the tokens of the endings."""
 
-    tokens: list[int]  # T of them
-    positions: list[int]  # T; those of every ending go on from the context's
+    tokens: list[int]  # T
+    positions: list[int]  # T; each ending continues the positions of the context
     parts: list[int]  # T; 0 in the context, 1 in the first ending, ...
-    sources: list[int]  # N; index in the row that predicts
+    sources: list[int]  # N; index in the row of the token that predicts
     targets: list[int]  # N; token to predict
-    endings: list[int]  # N; ending it belongs to: 4 * example + 0, 1, 2 or 3
+    endings: list[int]  # N; ending of the target: 4 * example + 0, 1, 2 or 3
 
 
 def make_row(context: list[int], endings: dict[int, list[int]]) -> Row:
-    """Lay endings, given with their numbers, behind their context."""
+    """Return the row of a context and its endings; `endings` maps an ending's number to tokens."""
     tokens, positions, parts = list(context), list(range(len(context))), [0] * len(context)
     sources, targets, numbers = [], [], []
     for part, (number, ending) in enumerate(endings.items(), 1):
-        # the context's last token predicts an ending's first; an ending's last predicts nothing
+        # The context's last token predicts the first token of each ending. An ending's last token
+        # predicts nothing, so it is left out.
         sources += [len(context) - 1, *range(len(tokens), len(tokens) + len(ending) - 1)]
         targets += ending
         numbers += [number] * len(ending)
@@ -220,10 +221,10 @@ def make_row(context: list[int], endings: dict[int, list[int]]) -> Row:
 
 
 def make_batches(questions: list[Question], block_size: int, max_tokens: int) -> list[list[Row]]:
-    """Make rows of all questions, sort them by length, and cut batches of `max_tokens`, padded.
+    """Return batches of at least one row and, unless that is longer, at most `max_tokens` tokens.
 
-    Where a row would outgrow `block_size`, each ending has its own; what is still too long loses
-    its beginning.
+    Padding counts, so rows of similar length share a batch. If a question does not fit into
+    `block_size`, each ending gets its own row. If that is still too long, its beginning is cut.
     """
     rows = []
     for i, (context, endings, _, _) in enumerate(questions):
@@ -242,14 +243,14 @@ def make_batches(questions: list[Question], block_size: int, max_tokens: int) ->
     return batches
 
 
-# Tokens of a batch, padding included. Enough for full speed: more would be more padding on the CPU
-# (5% at 2048 and 8% at 4096, of 200 examples), more memory on a GPU.
+# Tokens of a batch with padding: enough for full speed. Larger batches need more padding on a CPU
+# (5% at 2048 and 8% at 4096, for 200 examples) and more memory on a GPU.
 CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 1024, 16384
-HEAD_ROWS = 1024  # logits of so many positions exist at a time: 0.2 GB in float32
+HEAD_ROWS = 1024  # the logits of this many positions are in memory at a time: 0.2 GB in float32
 
 
 def token_losses(model: nn.Module, batch: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the loss of every predicted token of a batch, and the ending it is of: (N,) each."""
+    """Return the loss of every predicted token of a batch, and its ending's number: (N,) each."""
     columns = [[torch.tensor(values) for values in column] for column in zip(*batch, strict=True)]
     tokens, positions, parts = (
         pad_sequence(column, batch_first=True, padding_value=pad).to(device)
@@ -257,37 +258,39 @@ def token_losses(model: nn.Module, batch: list[Row], device: torch.device) -> tu
     )  # (B, T)
     columns[3] = [sources + i * tokens.size(1) for i, sources in enumerate(columns[3])]
     sources, targets, endings = (torch.cat(column).to(device) for column in columns[3:])  # (N,)
-    # Causal, and of the other parts only the context. Padding too sees the context: a query that
-    # sees nothing would be NaN.
+    # A token sees only tokens before it: those of the context and of its own ending. Padding also
+    # sees the context, because attention to nothing gives NaN.
     mask = ((parts[:, None] == 0) | (parts[:, None] == parts[:, :, None])).tril()  # (B, T, T)
     x = model.hidden(tokens, positions, mask[:, None]).flatten(0, 1)  # (B*T, C)
     x, losses = x[sources], []  # (N, C)
     for part, y in zip(x.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
-        logits = model.lm_head(part)[:, : model.config.vocab_size].float()  # less the padded ids
+        logits = model.lm_head(part)[:, : model.config.vocab_size].float()  # without padded ids
         losses.append(F.cross_entropy(logits, y, reduction="none"))
     return torch.cat(losses), endings
 
 
 @torch.no_grad()
 def ending_losses(model: nn.Module, questions: Questions, machine: Any) -> Tensor:
-    """Return the summed loss (n, 4) of every question's endings, the same on every rank.
+    """Return the loss of every ending, summed over its tokens: (n, 4), the same on every rank.
 
-    Batches are formed first and dealt to the ranks afterwards, so that the number of ranks changes
-    nothing. Raises ValueError if the model's vocabulary is too small.
+    Batches are made first and then shared out to the ranks, so the result does not depend on the
+    number of ranks. Raises ValueError if the model's vocabulary is too small.
     """
     from tqdm import tqdm
 
     items, config, device = questions.items, model.config, machine.device
     if config.vocab_size <= EOT:
-        raise ValueError(f"vocab_size {config.vocab_size}: HellaSwag needs a model of GPT-2 tokens")
+        raise ValueError(
+            f"vocab_size {config.vocab_size}: HellaSwag needs GPT-2's tokens: give another model"
+        )
     max_tokens = CUDA_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
     batches = make_batches(items, config.block_size, max_tokens)[machine.rank :: machine.world_size]
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # of sums of hundreds of nats
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # sums reach hundreds of nats
     losses = torch.zeros(4 * len(items), dtype=dtype, device=device)
-    hidden = None if machine.is_main else True  # None: a bar on a terminal only
+    hidden = None if machine.is_main else True  # None: a progress bar on terminals only
     training = model.training
     model.eval()
-    # a compiled model would be compiled anew for the shape of every batch
+    # every batch has another shape: a compiled model would be compiled again for each
     with machine.autocast, torch.compiler.set_stance("force_eager"):
         for batch in tqdm(batches, desc="HellaSwag", leave=False, disable=hidden):
             of_tokens, endings = token_losses(model, batch, device)
@@ -299,7 +302,7 @@ def ending_losses(model: nn.Module, questions: Questions, machine: Any) -> Tenso
 
 
 def choices(questions: Questions, losses: Tensor) -> tuple[list[int], list[int]]:
-    """Return for each question the ending of the smallest loss: summed, and for its length."""
+    """Return each question's ending with the smallest loss: by sum, and by sum / length."""
     lengths = torch.tensor([q.lengths for q in questions.items])
     return losses.argmin(1).tolist(), (losses / lengths).argmin(1).tolist()
 
@@ -319,9 +322,9 @@ def score(model: nn.Module, questions: Questions, machine: Any) -> dict[str, Any
 
 
 def questions_for_training(machine: Any) -> Questions | None:
-    """Return the questions in completion style; None, said once, where they are not to be had.
+    """Return the questions in completion style, or None, with a note, if they are not available.
 
-    Rank 0 alone downloads them, the others wait.
+    Only rank 0 downloads them. The other ranks wait for it.
     """
     missing = False
     if machine.is_main:
@@ -329,8 +332,8 @@ def questions_for_training(machine: Any) -> Questions | None:
             ensure_data()
         except OSError as error:
             missing = True
-            machine.print(f"note: no HellaSwag in this run: {error}")
-    if machine.sum(missing):
+            machine.print(f"note: no HellaSwag in this run: {error}: put the file there yourself")
+    if machine.sum(missing):  # all ranks wait here, and decide alike
         return None
     return load_questions(ensure_data(), "completion")
 
@@ -340,9 +343,11 @@ def questions_for_training(machine: Any) -> Questions | None:
 
 
 def evaluate(config: HellaSwagConfig, machine: Any, load_model: Callable[..., nn.Module]) -> None:
-    """Score a model, print the result, and write it to a file if asked."""
+    """Score a model, print the result, and write it to --out if given."""
+    what_to_do = "check --data" if config.data else "put the file there, or give one with --data"
     if machine.is_main:
-        ensure_data(config.data)
+        with advice(what_to_do):
+            ensure_data(config.data)
     machine.sum(0)  # the other ranks wait for the download
     questions = load_questions(ensure_data(config.data), config.style, config.limit)
     model = load_model(config.model, machine.device)
@@ -369,7 +374,7 @@ def evaluate(config: HellaSwagConfig, machine: Any, load_model: Callable[..., nn
 
 
 def main() -> None:
-    # not at the top of this file: training imports it, to score the model while it learns
+    # not at the top of this file: train_gpt2.py imports this file, to score the model in training
     from train_gpt2 import TrainConfig, load_model, set_up_machine
 
     def run(config: HellaSwagConfig) -> None:

@@ -15,7 +15,6 @@ Shapes: B rows (sequences) of a micro-batch, T tokens of a row, C width of the r
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import sys
@@ -34,21 +33,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from common import hardware
-from common.checkpoint import (
-    build_model,
-    check_same_run,
-    checkpoint_paths,
-    newest_checkpoint,
-    read_checkpoint,
-    write_checkpoint,
-)
-from common.cli import advice, collect_stop_signals, plain, run_command
+from common import checkpoint, hardware
+from common.cli import advice, collect_stop_signals, nearest_divisors, plain, run_command
 from common.files import locked
 from common.generate import sample_text
-from common.hardware import Device, Dtype
 from common.huggingface import read_huggingface, write_huggingface
 from common.layer_stats import LayerStats
 from common.muon import Muon
@@ -107,11 +96,10 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: give a positive number")
         if self.n_embd % self.n_head:
-            heads = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
-            near = sorted(heads, key=lambda h: abs(h - self.n_head))[:3]
+            near = nearest_divisors(self.n_embd, self.n_head)
             raise ValueError(
                 f"n_head {self.n_head} does not divide n_embd {self.n_embd}: "
-                f"give --n_head {' or '.join(map(str, near))}, or another width"
+                f"give --n_head {near}, or another width"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout}: give a number from 0 up to 1")
@@ -159,9 +147,9 @@ class TrainConfig:
     muon_momentum: float = 0.95  # Muon: decay of the mean of gradients
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     # precision and device
-    dtype: Dtype = "auto"  # for matrix products
+    dtype: hardware.Dtype = "auto"  # for matrix products
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
-    device: Device = "auto"  # where to run
+    device: hardware.Device = "auto"  # where to run
     # evaluation: before the first step, every so many steps, and after the last; 0: never
     eval_every: int = 250  # steps between validation losses
     sample_every: int = 250  # steps between text samples
@@ -174,7 +162,6 @@ class TrainConfig:
     resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
     max_skipped: int = 10  # stop after so many steps in a row with a loss or norm not finite
     timeout_minutes: float = 10.0  # a rank that is silent for so long ends a distributed run
-    # what else is recorded
     stats_every: int = 0  # steps between records of how each layer is updated; 0: never
     tensorboard: bool = False  # send the same numbers to TensorBoard, in out_dir
     wandb: bool = False  # send the same numbers to Weights & Biases
@@ -231,7 +218,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         # query, key and value in one product: one large product is faster than three small ones
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads found
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
@@ -272,14 +259,14 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = nn.LayerNorm(config.n_embd)  # mean 0 and variance 1, then gain and bias
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
         # "Pre-norm": LayerNorm is inside the branches, so nothing but additions lies on the way
-        # from the loss to the embedding. The gradient reaches every layer at full strength.
+        # from the last block to the embedding. The gradient reaches every layer at full strength.
         x = x + self.attn(self.ln_1(x), mask, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -291,25 +278,25 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),  # learned, not sines
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                ln_f=nn.LayerNorm(config.n_embd),
-            )
+        parts = dict(
+            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),  # what a token means
+            wpe=nn.Embedding(config.block_size, config.n_embd),  # where it stands: learned as well
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=nn.LayerNorm(config.n_embd),  # the stream has grown with every block
         )
+        self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         # One matrix reads and writes tokens (Press and Wolf, 2017): tokens that can replace each
         # other should be close in both. It saves 38.6M of 163M parameters at 124M.
         self.lm_head.weight = self.transformer.wte.weight
+        self.n_params = sum(p.numel() for p in self.parameters())  # the shared matrix counts once
         self._init_weights()
 
     def _init_weights(self) -> None:
         # 0.02 is close to 1/sqrt(C) for the widths of GPT-2 (0.036 at 768, 0.025 at 1600): outputs
-        # of a layer start about as large as its inputs. It also makes the first loss ln(V): all
-        # logits are near 0, so every token gets the same probability.
+        # of a layer start about as large as its inputs. Logits start small too, so every token is
+        # about equally likely and the first loss is close to ln(V).
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 # Each of the n_layer blocks adds to the residual stream twice. A sum of n equal
@@ -349,7 +336,7 @@ class GPT(nn.Module):
         Targets of -1 do not count. The logits of padded ids have no meaning: cut them off at
         `config.vocab_size` before you choose a token.
         """
-        x = self.hidden(idx)
+        x = self.hidden(idx)  # (B, T, C)
         return self.lm_head(x) if targets is None else self.loss(x, targets)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -369,16 +356,16 @@ def load_model(name_or_path: str | Path | None, device: torch.device | str = "cp
     FileNotFoundError if there is no such model or its file is damaged.
     """
     if name_or_path is None:
-        name_or_path = next(iter(checkpoint_paths(Path("log"))), "gpt2")
+        name_or_path = next(iter(checkpoint.checkpoint_paths(Path("log"))), "gpt2")
     if str(name_or_path).endswith(".pt"):
         with advice("give another model"):
-            state = read_checkpoint(Path(name_or_path))
+            state = checkpoint.read_checkpoint(Path(name_or_path))
         model_config, weights = state["model_config"], state["model"]
     else:
         model_config, weights = read_huggingface(str(name_or_path))
     try:
-        model = build_model(GPT, GPTConfig(**model_config), weights)
-    except (TypeError, ValueError) as error:
+        model = checkpoint.build_model(GPT, GPTConfig, model_config, weights)
+    except ValueError as error:
         raise ValueError(f"{name_or_path}: {error}: give another model") from None
     return model.to(device).eval()
 
@@ -409,8 +396,7 @@ def window_order(n_windows: int, seed: int, epoch: int) -> np.ndarray:
 class Windows:
     """The windows of one split: shards cut into rows of T inputs and, shifted by one, T targets.
 
-    Window i of a shard is its tokens [i*T, i*T + T]. No window crosses shards, and the rest at the
-    end of a shard is dropped.
+    Window i of a shard is tokens [i*T, i*T + T]. None crosses shards. The tail is dropped.
     """
 
     def __init__(self, data_dir: Path, split: str, block_size: int, vocab_size: int):
@@ -430,7 +416,7 @@ class Windows:
         for row, window in zip(rows, windows, strict=True):
             shard = int(np.searchsorted(self.ends, window, side="right"))
             start = (int(window) - int(self.ends[shard - 1] if shard else 0)) * T
-            row[:] = self.shards[shard][start : start + T + 1]
+            row[:] = self.shards[shard][start : start + T + 1]  # uint16 to the int64 of embeddings
         rows = torch.from_numpy(rows)
         return rows[:, :-1], rows[:, 1:]  # position t predicts token t + 1
 
@@ -446,7 +432,7 @@ class Windows:
             if seed is None:
                 parts.append(np.arange(first, first + n))
             else:
-                if self._order[0] != (seed, epoch):
+                if self._order[0] != (seed, epoch):  # drawn once an epoch
                     self._order = ((seed, epoch), window_order(len(self), seed, epoch))
                 parts.append(self._order[1][first : first + n])
             start, count = start + n, count - n
@@ -466,7 +452,7 @@ def micro_batches(
     def places(step: int, tokens_seen: int) -> Iterator[tuple[int, int, int]]:
         while tokens_seen < config.budget:
             rows = step_batch_tokens(config, tokens_seen) // T
-            firsts = range(machine.rank * B, rows, machine.world_size * B)
+            firsts = range(machine.rank * B, rows, machine.world_size * B)  # ranks take turns
             yield from ((step, m, tokens_seen // T + first) for m, first in enumerate(firsts))
             step, tokens_seen = step + 1, tokens_seen + rows * T
 
@@ -479,7 +465,7 @@ def micro_batches(
         ahead = deque((place, reader.submit(read, place[2])) for place in islice(todo, 4))
         while ahead:
             (step, micro_step, _), batch = ahead.popleft()
-            x, y = batch.result()
+            x, y = batch.result()  # has been read while the device worked
             ahead.extend((place, reader.submit(read, place[2])) for place in islice(todo, 1))
             if config.dropout:  # the same masks after a restart: the seed depends on place alone
                 key = np.random.SeedSequence((config.seed, step, micro_step, machine.rank))
@@ -513,10 +499,10 @@ def make_optimizers(model: GPT, config: TrainConfig, machine: "Machine") -> dict
     ]
     groups = [{**group, "peak_lr": config.max_lr, "logged_as": "lr"} for group in groups]
     # AdamW (Loshchilov and Hutter, 2019) divides the mean gradient by the root of its mean square:
-    # each weight moves by about the learning rate. beta2 is 0.95, not 0.999, so that a few unusual
-    # batches are forgotten after 20 steps (GPT-3 paper, appendix B).
+    # each weight moves by about the learning rate, whatever its scale. beta2 is 0.95, not 0.999, so
+    # that the average follows when gradients change (GPT-3 paper, appendix B).
     # fused: one kernel for all tensors. It reads and writes 28 bytes a parameter, once.
-    betas = (config.beta1, config.beta2)
+    betas = (config.beta1, config.beta2)  # averages over about 10 and 20 steps
     adamw = torch.optim.AdamW(groups, config.max_lr, betas, config.eps, fused=True)
     return {"optimizer": adamw, **optimizers}
 
@@ -524,13 +510,13 @@ def make_optimizers(model: GPT, config: TrainConfig, machine: "Machine") -> dict
 def step_batch_tokens(config: TrainConfig, tokens_seen: int) -> int:
     """Return the tokens of the step that starts at `tokens_seen`: the ramp, cut at the budget.
 
-    Early gradients agree with each other, so small batches are enough (GPT-3 paper, appendix B).
+    Early gradients agree, so small batches do (McCandlish et al., 2018; GPT-3 paper, appendix B).
     """
     batch = config.total_batch_size
     if tokens_seen < config.batch_ramp_tokens:
         start = config.batch_ramp_start
         batch = start + (batch - start) * tokens_seen // config.batch_ramp_tokens
-        batch -= batch % start
+        batch -= batch % start  # whole micro-batches for every number of ranks
     return min(batch, config.budget - tokens_seen)
 
 
@@ -544,7 +530,7 @@ def learning_rate(config: TrainConfig, tokens_seen: int, batch_tokens: int, peak
         return peak * min(1.0, (tokens_seen + batch_tokens) / warmup)
     progress = (tokens_seen - warmup) / (config.budget - warmup)
     if config.schedule == "linear":
-        return peak * (1 - progress)
+        return peak * (1 - progress)  # to 0: the last steps only average out noise
     cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
@@ -556,7 +542,7 @@ def set_learning_rates(
     rates = {}
     for group in (g for optimizer in optimizers.values() for g in optimizer.param_groups):
         group["lr"] = learning_rate(config, tokens_seen, batch_tokens, group["peak_lr"])
-        rates[group["logged_as"]] = group["lr"]
+        rates[group["logged_as"]] = group["lr"]  # "lr" or "muon_lr"
     return rates
 
 
@@ -637,9 +623,9 @@ def train_step(
 ) -> StepResult:
     """Make one update from `grad_accum_steps` micro-batches on every rank."""
     report = torch.tensor([0.0, float(stop)], device=machine.device)  # loss, ranks asked to stop
-    data_wait = 0.0
-    # Half a million tokens do not fit into memory at once, but their gradient is a mean: it can be
-    # added up over micro-batches.
+    data_wait = 0.0  # seconds
+    # Half a million tokens do not fit into memory at once. Their gradient is a mean, so it can be
+    # added up, one micro-batch after the other.
     for micro_step in range(grad_accum_steps):
         start = time.perf_counter()
         x, y = next(micro_batches)
@@ -721,7 +707,8 @@ def initial_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
     """Return the model of a checkpoint, of --init_from, or a new one, on the CPU."""
     torch.manual_seed(config.seed)
     if state:
-        return build_model(GPT, GPTConfig(**state["model_config"]), state["model"])
+        with advice("give another --out_dir"):
+            return checkpoint.build_model(GPT, GPTConfig, state["model_config"], state["model"])
     if config.init_from is None:
         return GPT(config.model_config())
     model = load_model(config.init_from)
@@ -729,23 +716,19 @@ def initial_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
         asked, has = getattr(config, name), getattr(model.config, name)
         if asked not in (None, has):
             raise ValueError(f"{name} {asked}: {config.init_from} has {has}: leave it out")
-    model_config = dataclasses.replace(model.config, dropout=config.dropout)
-    return build_model(GPT, model_config, dict(model.named_parameters()))
+    model_config = {**plain(model.config), "dropout": config.dropout}
+    return checkpoint.build_model(GPT, GPTConfig, model_config, dict(model.named_parameters()))
 
 
-def open_windows(config: TrainConfig, model_config: GPTConfig) -> tuple[Windows, Windows]:
+def open_windows(config: TrainConfig, T: int, vocab_size: int) -> tuple[Windows, Windows]:
     """Return the windows for training and for validation; ValueError if there are too few."""
-    T = model_config.block_size
     with advice("make or repair the data with fineweb.py, or check --data_dir and --vocab_size"):
-        train, val = (
-            Windows(config.data_dir, split, T, model_config.vocab_size)
-            for split in ("train", "val")
-        )
+        train, val = (Windows(config.data_dir, name, T, vocab_size) for name in ("train", "val"))
     if len(val) < 1 or len(train) * T < config.total_batch_size:
         raise ValueError(
-            f"{config.data_dir}: {len(train)} training and {len(val)} validation "
-            f"windows of {T} tokens are less than one step of {config.total_batch_size} tokens and "
-            "one window: make more data, or lower --total_batch_size or --block_size"
+            f"{config.data_dir}: {len(train)} training and {len(val)} validation windows of {T} "
+            f"tokens are less than one step of {config.total_batch_size} tokens and one window: "
+            "make more data, or lower --total_batch_size or --block_size"
         )
     return train, val
 
@@ -755,50 +738,55 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
 
     Raises ValueError or FileNotFoundError for what the user has to correct.
     """
-    device = machine.device
-    holds_a_run = (config.out_dir / METRICS).exists() or checkpoint_paths(config.out_dir)
+    # a run to continue, or none
+    out_dir, device = config.out_dir, machine.device
+    holds_a_run = (out_dir / METRICS).exists() or checkpoint.checkpoint_paths(out_dir)
     if machine.is_main and holds_a_run and not config.resume:
-        what = f"{config.out_dir} holds a run"
-        raise ValueError(f"{what}: continue it with --resume, or give another --out_dir")
+        raise ValueError(f"{out_dir} holds a run: use --resume, or give another --out_dir")
     with advice("restore one, or start again with another --out_dir"):
-        state = newest_checkpoint(config.out_dir, machine.print) if config.resume else None
+        state = checkpoint.newest_checkpoint(out_dir, machine.print) if config.resume else None
     with advice("make the data with fineweb.py, or give another --data_dir"):
         data = fingerprint(config.data_dir)
-    with advice("give another --out_dir"):
-        if state:
-            check_same_run(state, plain(config), data)
-    model = initial_model(config, state).to(device).train()
-    train_windows, val_windows = open_windows(config, model.config)
+    if state:
+        with advice("give another --out_dir"):
+            checkpoint.check_same_run(state, plain(config), data)
 
+    # model and data
+    model = initial_model(config, state).to(device).train()
+    size, T = model.config, model.config.block_size
+    train_windows, val_windows = open_windows(config, T, size.vocab_size)
+
+    # the micro-batch: large products keep the device busy, so as many rows as fit into memory
     def fits(rows: int) -> bool:
-        if device.type != "cuda":  # running out of memory there would end the process
+        if device.type != "cuda":  # where a lack of memory would end the process
             return rows <= PRESETS[config.preset].micro_batch_size
-        return not machine.sum(
-            not hardware.fits_in_memory(model, rows, machine.autocast)
-        )  # on all ranks
+        fitted = hardware.fits_in_memory(model, rows, machine.autocast)
+        return machine.sum(fitted) == machine.world_size  # the same answer on every rank
 
     flag = "batch_ramp_start" if config.batch_ramp_tokens else "total_batch_size"
-    T, tokens = model.config.block_size, getattr(config, flag)
     B = hardware.choose_micro_batch_size(
-        config.micro_batch_size, tokens, T, machine.world_size, fits, flag
+        config.micro_batch_size, getattr(config, flag), T, machine.world_size, fits, flag
     )
+
+    # compiler, optimizers, ranks
     compiled, missing = hardware.choose_compile(config.compile, device)
     if compiled:
         compile_model(model)
-    size = model.config
-    notes = hardware.ugly_dimensions(size.n_embd, size.n_head, T, B) + missing
     run = Run(
-        config=config, machine=machine, model=model, ddp_model=model, data=data,
+        config=config, machine=machine, model=model, ddp_model=model,
         optimizers=make_optimizers(model, config, machine),
         # Gradients below 6e-8 are 0 in float16. The scaler multiplies the loss so that they are
-        # not, and lowers its factor when a large one overflows. bfloat16 has the range, needs none.
+        # not, and lowers its factor when a large one overflows. bfloat16 has the range of float32.
         scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16),
-        train_windows=train_windows, val_windows=val_windows,
-        micro_batch_size=B, compiled=compiled, notes=notes,
+        train_windows=train_windows, val_windows=val_windows, data=data,
+        micro_batch_size=B, compiled=compiled,
+        notes=hardware.ugly_dimensions(size.n_embd, size.n_head, T, B) + missing,
     )  # fmt: skip
     if machine.world_size > 1:
-        # bucket view: gradients live in the buffers that are sent, which saves a copy of them
-        run.ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # Every rank has the whole model and its own rows. DDP starts all ranks with equal weights
+        # and averages their gradients, so the weights stay equal. With the bucket view, gradients
+        # live in the buffers that are sent: that saves 4 bytes a parameter.
+        run.ddp_model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     if state:
         restore(run, state)
     return run
@@ -814,8 +802,8 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     run.step, run.tokens_seen = state["step"], state["windows_seen"] * run.train_windows.block_size
     before, now = state["train_config"]["max_steps"], run.config.max_steps
     if before != now:
-        what = f"max_steps was {before}, is now {now}"
-        run.machine.print(f"warning: {what}: the learning rate follows another curve from here")
+        new = f"max_steps was {before}, is now {now}: the learning rate takes another course"
+        run.machine.print(f"warning: {new}")
 
 
 def save(run: Run, log: RunLog) -> str:
@@ -838,8 +826,8 @@ def save(run: Run, log: RunLog) -> str:
     start = time.perf_counter()
     try:
         with advice(f"continue from the checkpoint before, in {path.parent}, with --resume"):
-            write_checkpoint(path, state, run.config.keep_checkpoints)
-    except (OSError, RuntimeError) as error:  # the disk is full: next time there may be room
+            checkpoint.write_checkpoint(path, state, run.config.keep_checkpoints)
+    except OSError as error:  # the disk is full: next time there may be room
         return f"{path} could not be written ({error}): make room"
     log.write("checkpoint", run.step, path=str(path), seconds=time.perf_counter() - start)
     return ""
@@ -854,15 +842,17 @@ def train(config: TrainConfig) -> None:
 
     Raises ValueError or OSError, before the first step, for what the user has to correct.
     """
-    signals = collect_stop_signals()
+    signals = collect_stop_signals()  # they end the run after a whole step, with a checkpoint
     with set_up_machine(config) as machine, contextlib.ExitStack() as stack:
         if machine.is_main:
             with advice("choose another --out_dir"):  # a second run in it would damage both
                 stack.enter_context(locked(config.out_dir))
         run = prepare(config, machine)
+        done = (
+            f"{config.out_dir}: the run is finished: {run.step} steps, {run.tokens_seen:,} tokens"
+        )
         if run.finished:
-            done = f"{run.step} steps, {run.tokens_seen:,} tokens"
-            machine.print(f"{config.out_dir}: the run is finished: {done}")
+            machine.print(done)
         else:
             train_loop(run, signals)
         if not run.finished:
@@ -878,7 +868,7 @@ def open_log(run: Run) -> RunLog:
     cuda = machine.device.type == "cuda"
     log.write(
         "run", run.step, config=plain(config), model_config=plain(model.config),
-        n_params=sum(p.numel() for p in model.parameters()), data=run.data,
+        n_params=model.n_params, data=run.data,
         micro_batch_size=run.micro_batch_size, world_size=machine.world_size, compile=run.compiled,
         device=torch.cuda.get_device_name(machine.device) if cuda else machine.device.type,
         dtype=str(machine.dtype).removeprefix("torch."),
@@ -887,24 +877,39 @@ def open_log(run: Run) -> RunLog:
     for note in run.notes:
         machine.print(f"note: {note}")
     if config.resume:
-        new = "nothing to resume: a new run"
-        machine.print(f"continuing after step {run.step}" if run.step else new)
+        resumed = f"continuing after step {run.step}"
+        machine.print(resumed if run.step else "nothing to resume: a new run")
     return log
+
+
+def log_step(
+    log: RunLog, run: Run, result: StepResult, rates: dict[str, float], batch_tokens: int, dt: float
+) -> None:
+    """Record a step of `dt` seconds, or that it was not applied and on which windows."""
+    if not result.applied:
+        T = run.model.config.block_size
+        windows = [(run.tokens_seen - batch_tokens) // T, run.tokens_seen // T]
+        why = f"loss {result.loss}, gradient norm {result.grad_norm}"
+        log.write("skip", run.step, why=why, windows=windows)
+        return
+    size, machine = run.model.config, run.machine
+    flops = hardware.flops_per_token(run.model.n_params, size.n_layer, size.n_embd, size.block_size)
+    log.write(
+        "train", run.step, loss=result.loss, **rates, grad_norm=result.grad_norm, dt=dt,
+        batch_tokens=batch_tokens, tokens_seen=run.tokens_seen,
+        mfu=hardware.mfu(flops * batch_tokens, dt, machine.device, machine.world_size),
+        tokens_per_sec=batch_tokens / dt, data_wait=result.data_wait,
+    )  # fmt: skip
 
 
 def train_loop(run: Run, signals: list[int]) -> None:
     """Take steps until the budget is spent or a signal has arrived on some rank."""
     config, machine, model = run.config, run.machine, run.model
     B, T, cuda = run.micro_batch_size, model.config.block_size, machine.device.type == "cuda"
-    log = open_log(run)
-    n_params = sum(p.numel() for p in model.parameters())
-    size, peak = model.config, hardware.peak_flops(machine.device)
-    token_flops = hardware.flops_per_token(n_params, size.n_layer, size.n_embd, T)
-    n_val = max(1, (config.val_tokens or (10485760 if cuda else 65536)) // T)
-    n_val = min(len(run.val_windows), n_val)
+    log = open_log(run)  # rank 0 writes; on other ranks it does nothing
 
-    # how often, in steps; HellaSwag and samples need the tokens of GPT-2
-    gpt2_ids = size.vocab_size == 50257
+    # How often, in steps. HellaSwag and samples need GPT-2's tokens. They are slow on a CPU.
+    gpt2_ids = model.config.vocab_size == 50257
     hellaswag_every = {None: 250 if cuda else 0}.get(config.hellaswag_every, config.hellaswag_every)
     questions = questions_for_training(machine) if hellaswag_every and gpt2_ids else None
     every = {
@@ -914,86 +919,76 @@ def train_loop(run: Run, signals: list[int]) -> None:
         "checkpoint": config.checkpoint_every,
         "stats": config.stats_every,
     }
+    val_tokens = config.val_tokens or (10485760 if cuda else 65536)
+    n_val = min(len(run.val_windows), max(1, val_tokens // T))
     # What a resumed run has logged at this step already. Rank 0 knows it, and all must agree.
     done = {e for e in ("val", "hellaswag", "sample") if machine.sum((e, run.step) in log.kept)}
-    done.add("checkpoint")  # nothing new to save before the first step
+    done.add("checkpoint")  # before the first step there is nothing new to save
     batches = micro_batches(run.train_windows, config, B, machine, run.step, run.tokens_seen)
-    stopping, skipped, unsaved = False, 0, ""
+    stopping, skipped, unsaved = False, 0, ""  # asked to stop; steps skipped in a row; what failed
     while True:
         due = {e for e, n in every.items() if n and (run.finished or run.step % n == 0)} - done
-        due, done = set() if stopping else due, set()  # after a signal only saving matters
+        due, done = set() if stopping else due, set()  # after a signal there is only time to save
 
         # once in a while: how well does it predict text that it has never seen?
         if "val" in due:
-            loss = validation_loss(model, run.val_windows, n_val, B, machine)
+            loss = validation_loss(model, run.val_windows, n_val, B, machine)  # same windows always
             log.write("val", run.step, loss=loss)
 
-        # once in a while: does it know how a story continues?
+        # once in a while: does it know how a story continues? (25% is guessing)
         if "hellaswag" in due:
             log.write("hellaswag", run.step, **score(model, questions, machine))
 
-        # once in a while: what does it write?
+        # once in a while: what does it write? (the same prompt and seed each time, to compare)
         if "sample" in due and machine.is_main:
-            with machine.autocast:
-                texts = sample_text(model, config.seed)
-            for text in texts:
-                log.write("sample", run.step, text=text)
+            with machine.autocast:  # `model`, not `ddp_model`: the other ranks take no part
+                for text in sample_text(model, config.seed):
+                    log.write("sample", run.step, text=text)
 
-        # once in a while, and before leaving: save everything
+        # once in a while, and before leaving: save everything that the next step depends on
         if "checkpoint" in due or run.finished or stopping:
             unsaved = save(run, log)
         if unsaved and (run.finished or stopping):
-            raise OSError(f"{unsaved} and continue with --resume")
-        if unsaved:
+            raise OSError(f"{unsaved} and continue with --resume")  # it must not look like success
+        if unsaved:  # the older checkpoints are still there, so training may continue
             log.say(f"warning: {unsaved}")
-        if run.finished and machine.is_main:
-            weights = dict(model.named_parameters())
-            write_huggingface(plain(model.config), weights, config.out_dir / "hf")
+        if run.finished and machine.is_main:  # and once more, for other programs
+            weights, folder = dict(model.named_parameters()), config.out_dir / "hf"
+            with advice("make room or empty that folder, then run export.py on the checkpoint"):
+                write_huggingface(plain(model.config), weights, folder)
         if run.finished or stopping:
             log.close()
             return
 
-        # one step, with the batch and the learning rates of this place in the budget
+        # one step: batch size and learning rates are those of this place in the budget
         batch_tokens = step_batch_tokens(config, run.tokens_seen)
         rates = set_learning_rates(run.optimizers, config, run.tokens_seen, batch_tokens)
-        watching = "stats" in due and machine.is_main
-        start = time.perf_counter()
+        # B is what fits into memory. The rest of the batch comes one after the other.
+        grad_accum_steps = batch_tokens // (B * T * machine.world_size)
+        watching = "stats" in due and machine.is_main  # one rank is enough: all have equal weights
+        watch = LayerStats(model, run.optimizers) if watching else contextlib.nullcontext()
+        start = time.perf_counter()  # dt is training alone, without evaluation and saving
         try:
-            with (
-                LayerStats(model, run.optimizers) if watching else contextlib.nullcontext() as stats
-            ):
+            with watch as stats:
                 result = train_step(
-                    run.ddp_model, run.optimizers, run.scaler, batches,
-                    batch_tokens // (B * T * machine.world_size), config.grad_clip, machine,
-                    stop=bool(signals),
+                    run.ddp_model, run.optimizers, run.scaler, batches, grad_accum_steps,
+                    config.grad_clip, machine, stop=bool(signals),
                 )  # fmt: skip
         except torch.OutOfMemoryError:
             smaller = f"--resume with --micro_batch_size {max(1, B // 2)}"
             raise ValueError(f"out of GPU memory in step {run.step}: {smaller}") from None
-        dt = time.perf_counter() - start
-        run.tokens_seen += batch_tokens
-        stopping = result.stop
+        dt = time.perf_counter() - start  # complete: train_step has waited for the device
+        run.tokens_seen += batch_tokens  # also of a skipped step: its data is not tried again
+        stopping = result.stop  # the same on all ranks, or some would wait for the others for ever
 
-        # write down what it did
-        if result.applied:
-            mfu = batch_tokens / dt * token_flops / (peak * machine.world_size) if peak else None
-            log.write(
-                "train", run.step, loss=result.loss, **rates, grad_norm=result.grad_norm, dt=dt,
-                batch_tokens=batch_tokens, tokens_seen=run.tokens_seen, mfu=mfu,
-                tokens_per_sec=batch_tokens / dt, data_wait=result.data_wait,
-            )  # fmt: skip
-            if stats:
-                log.write("stats", run.step, **stats.values(result.grad_norm))
-        else:
-            why = f"loss {result.loss}, gradient norm {result.grad_norm}"
-            windows = [(run.tokens_seen - batch_tokens) // T, run.tokens_seen // T]
-            log.write("skip", run.step, why=why, windows=windows)
-        skipped = 0 if result.applied else skipped + 1
+        # log it
+        log_step(log, run, result, rates, batch_tokens, dt)
+        if stats and result.applied:
+            log.write("stats", run.step, **stats.values(result.grad_norm))
+        skipped = 0 if result.applied else skipped + 1  # one bad batch is harmless, many are not
         if skipped and skipped >= config.max_skipped:
-            raise ValueError(
-                f"{skipped} steps in a row were not finite: --resume from the last checkpoint with "
-                "other data, or start again with a lower --max_lr"
-            )
+            what = f"{skipped} steps in a row were not finite"
+            raise ValueError(f"{what}: start again with a lower --max_lr, or with other data")
         run.step += 1
 
 

@@ -1,4 +1,4 @@
-"""The ladder measures the same training on every rung, and what it prints is what it measured."""
+"""bench.py: all rungs do the same training, and the table shows what was measured."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ def rung(**changes) -> bench.Rung:
 # the same training on every rung
 
 
-def test_naive_attention_is_flash_attention():
+def test_naive_attention_equals_flash_attention():
     torch.manual_seed(0)
     config = train_gpt2.GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16)
     flash, naive = train_gpt2.CausalSelfAttention(config), bench.NaiveAttention(config)
@@ -53,10 +53,10 @@ def test_rungs_start_from_the_same_weights():
         assert torch.equal(p, top.get_parameter(name)[: len(p)]), name
 
 
-def test_rungs_arrive_at_the_same_loss():
+def test_rungs_reach_the_same_loss():
     rungs, _ = bench.ladder({**CPU, "no_compile": "not in this test"})
     losses = [bench.measure(r, TINY)["loss"] for r in rungs]
-    assert 9.5 < losses[0] < 10.9, "one step has been learned from"
+    assert 9.5 < losses[0] < 10.9, "the model has learned from one step"
     assert losses == pytest.approx([losses[0]] * len(losses), abs=0.02)
 
 
@@ -68,10 +68,10 @@ def test_tokens_do_not_depend_on_the_micro_batch():
 
 
 # -----------------------------------------------------------------------------
-# the rungs are what they are called
+# a rung does what its name says
 
 
-def test_each_rung_keeps_those_below_it():
+def test_each_rung_keeps_the_changes_below_it():
     rungs, left_out = bench.ladder(CUDA)
     assert list(left_out) == ["less kept for the backward pass"]
     assert [r.name for r in rungs[1:-1]] == [c for c in bench.CHANGES if c not in left_out]
@@ -82,7 +82,7 @@ def test_each_rung_keeps_those_below_it():
     assert set(bench.CHANGES) - on_cpu == {"TF32", "largest micro-batch"}
 
 
-def test_what_makes_no_difference_here_is_left_out_with_a_reason():
+def test_a_rung_without_effect_here_is_left_out_with_a_reason():
     rungs, left_out = bench.ladder({**CPU, "dtype": "float32", "no_compile": "no g++"})
     assert left_out["torch.compile"] == "no g++"
     assert {"TF32", "bfloat16 autocast", "largest micro-batch"} < set(left_out)
@@ -99,7 +99,7 @@ def test_the_recipe_compiles_and_fuses_on_cuda_only(facts, compiled, fused):
     assert recipe.autocast and recipe.flash and recipe.padded
 
 
-def test_the_top_is_what_training_does_by_default(monkeypatch):
+def test_the_top_rung_trains_as_train_gpt2_does_by_default(monkeypatch):
     seen = {}
 
     def step(model, optimizers, scaler, batches, accum, grad_clip, machine):
@@ -127,10 +127,10 @@ def test_the_top_is_what_training_does_by_default(monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# what is measured is what is printed
+# the table shows what was measured
 
 
-def test_medians_and_gains():
+def test_a_row_has_the_median_and_its_gains():
     def run(*seconds):
         return {
             "compiled": False, "first_step": 9.0, "seconds": list(seconds), "loss": 5.0,
@@ -153,7 +153,7 @@ def test_medians_and_gains():
     assert len(lines) == 6 and len({line.count("|") for line in lines}) == 1
 
 
-def test_rounds_go_up_and_down_each_rung_in_a_fresh_process(monkeypatch):
+def test_rounds_go_up_and_down_and_each_rung_has_a_fresh_process(monkeypatch):
     measured = []
 
     def apart(function, *args):
@@ -177,7 +177,7 @@ def test_rounds_go_up_and_down_each_rung_in_a_fresh_process(monkeypatch):
     assert bench.apart(os.getpid) != os.getpid()
 
 
-def test_a_run_leaves_table_json_and_chart(monkeypatch, tmp_path, capsys):
+def test_a_run_writes_table_json_and_chart(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "apart", lambda function, *args: function(*args))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     out, plot = tmp_path / "results.json", tmp_path / "chart.png"
@@ -199,7 +199,7 @@ def test_a_run_leaves_table_json_and_chart(monkeypatch, tmp_path, capsys):
     ("wrong", "said"),
     [({"steps": 0}, "steps 0"), ({"out": "no/such/folder.json"}, "no such folder")],
 )
-def test_a_mistake_is_one_line(wrong, said):
+def test_a_wrong_setting_is_refused_by_name(wrong, said):
     with pytest.raises(ValueError, match=said):
         bench.BenchConfig(**{k: bench.Path(v) if k == "out" else v for k, v in wrong.items()})
 
@@ -209,7 +209,7 @@ def test_a_mistake_is_one_line(wrong, said):
 
 
 def cpu_seconds(*words: str) -> float:
-    """Processor time of a command: other work on the machine does not count."""
+    """Return the processor time of a command: other work on the machine does not count."""
     before = os.times()
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *words], cwd=ROOT, env=env, check=True, capture_output=True)
@@ -231,7 +231,7 @@ def test_the_first_step_is_seconds_away(data_dir, tmp_path):
         data_dir=data_dir, preset="tiny", block_size=16, total_batch_size=64, max_steps=1,
         compile="off", device="cpu", eval_every=0, sample_every=0,
     )  # fmt: skip
-    # processor time of all, the step and the end of the run included: other work does not count
+    # processor time of the whole command with the step and the end of the run
     whole = cpu_seconds("train_gpt2.py", *words, "--out_dir", str(tmp_path / "log"))
     assert len(read_metrics(tmp_path / "log", "train")) == 1
     assert whole - cpu_seconds("-c", "import torch") < 5
@@ -242,11 +242,11 @@ def test_the_first_step_is_seconds_away(data_dir, tmp_path):
 
 
 def gpu_row(name: str, **changes) -> dict:
-    """Measure one rung, as the command does, on the GPU at hand."""
+    """Measure one rung on this machine's GPU, as the command does."""
     config = bench.BenchConfig(device="cuda", rounds=1, **changes)
     facts = bench.apart(bench.look_around, config)
     if not any(kind in facts["device"] for kind in ("H100 80GB", "H200")):
-        pytest.skip(f"the reach is for an H100 or H200, not {facts['device']}")
+        pytest.skip(f"the target is for an H100 or H200, not {facts['device']}")
     [wanted] = [r for r in bench.ladder(facts)[0] if r.name == name]
     return bench.summary(name, [bench.apart(bench.measure, wanted, config)], "")
 
@@ -268,7 +268,7 @@ def test_the_largest_model_is_as_efficient_as_the_smallest():
 
 
 @pytest.mark.gpu
-def test_gpu_rungs_arrive_at_the_same_loss():
+def test_gpu_rungs_reach_the_same_loss():
     config = dataclasses.replace(TINY, device="cuda", grad_accum_steps=2, steps=2)
     losses = []
     for each in bench.ladder(bench.apart(bench.look_around, config))[0]:

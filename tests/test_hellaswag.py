@@ -1,3 +1,5 @@
+"""HellaSwag: losses, the two styles, the data, the command."""
+
 import http.client
 import io
 import json
@@ -13,13 +15,14 @@ import torch
 import torch.nn.functional as F
 
 import hellaswag
-from fineweb import EOT, RANKS_PATH, get_tokenizer
-from hellaswag import Question, Questions
+import train_gpt2
+from common.tokenizer import EOT, RANKS_PATH, get_tokenizer
+from hellaswag import HellaSwagConfig, Question, Questions
 from train_gpt2 import GPT, GPTConfig, Machine
 
 CPU = Machine(torch.device("cpu"), torch.float32)
 
-EXAMPLES = [  # invented: the first two in the manner of ActivityNet, the others of WikiHow
+EXAMPLES = [  # invented: the first two are like those from ActivityNet, the others like WikiHow
     {
         "activity_label": "Flying kites",
         "ctx_a": "Two girls run along a beach.",
@@ -89,14 +92,14 @@ def random_model(block_size, vocab_size=50257):
     config = GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=32)
     model = GPT(config).eval()
     with torch.no_grad():
-        for p in model.parameters():  # far from uniform: a token wrongly seen changes the losses
+        for p in model.parameters():  # large weights: a token seen by mistake changes the losses
             p.mul_(8) if p.dim() == 2 else p.add_(torch.randn_like(p) / 4)
     return model
 
 
 @torch.no_grad()
 def plain_losses(model, questions):
-    """The plain way: an example at a time, a padded row for each ending, all logits."""
+    """Score the plain way: one example at a time, a padded row for each ending, all logits."""
     V, block_size, result = model.config.vocab_size, model.config.block_size, []
     for context, endings, _, _ in questions.items:
         rows = [(context + ending)[-block_size - 1 :] for ending in endings]
@@ -117,7 +120,7 @@ def plain_losses(model, questions):
 
 @pytest.mark.parametrize("style", ["completion", "harness"])
 @pytest.mark.parametrize("block_size", [1024, 48, 20, 5])  # one row; four rows; cut; endings cut
-def test_losses_and_choices_are_those_of_the_plain_way(data, style, block_size):
+def test_losses_and_choices_equal_the_plain_way(data, style, block_size):
     model = random_model(block_size)
     questions = hellaswag.load_questions(data, style)
     losses, plain = hellaswag.ending_losses(model, questions, CPU), plain_losses(model, questions)
@@ -134,7 +137,7 @@ def test_batches_do_not_mix_their_rows(data, model, monkeypatch):
         assert (alone[0] - together[i]).abs().max() < 1e-5
 
 
-def test_padded_ids_take_no_part(data, model):
+def test_padded_ids_do_not_change_the_losses(data, model):
     questions = hellaswag.load_questions(data, "completion")
     before = hellaswag.ending_losses(model, questions, CPU)
     other = random_model(1024)
@@ -192,7 +195,7 @@ def test_accuracy_counts_sums_and_length_normalised_sums():
     assert hellaswag.choices(questions, losses) == ([1, 1], [0, 0])
 
 
-def test_other_vocabulary_is_refused(data):
+def test_a_model_with_another_vocabulary_is_refused(data):
     with pytest.raises(ValueError, match="vocab_size 512"):
         questions = hellaswag.load_questions(data, "completion")
         hellaswag.score(random_model(64, vocab_size=512), questions, CPU)
@@ -262,11 +265,11 @@ BAD_LINES = {
     "long": (damaged(ctx="a" * 30000), "longer than 20,000 bytes"),
     "no UTF-8": (damaged().replace(b"Onions!", b"\xff\xfe"), "can't decode"),
     "no ctx": (damaged(ctx=None), "no ctx"),
-    "number for text": (damaged(ctx_b=5), "ctx_b is not a text"),
-    "three endings": (damaged(endings=["a", "b", "c"]), "four texts"),
-    "five endings": (damaged(endings=["a", "b", "c", "d", "e"]), "four texts"),
-    "ending of another kind": (damaged(endings=["a", "b", "c", None]), "four texts"),
-    "endings in one text": (damaged(endings="abcd"), "four texts"),
+    "number for text": (damaged(ctx_b=5), "ctx_b is not a string"),
+    "three endings": (damaged(endings=["a", "b", "c"]), "four strings"),
+    "five endings": (damaged(endings=["a", "b", "c", "d", "e"]), "four strings"),
+    "ending of another kind": (damaged(endings=["a", "b", "c", None]), "four strings"),
+    "endings in one text": (damaged(endings="abcd"), "four strings"),
     "label 4": (damaged(label=4), "label"),
     "label -1": (damaged(label=-1), "label"),
     "label true": (damaged(label=True), "label"),
@@ -282,7 +285,7 @@ def test_damaged_line_is_named(data, style, name):
         file.write(b"\n" + line + b"\n")
     with pytest.raises(ValueError, match=rf"examples.jsonl: line 6 .*{reason}"):
         hellaswag.load_questions(data, style)
-    assert len(hellaswag.load_questions(data, style, limit=3).items) == 3  # it is never read
+    assert len(hellaswag.load_questions(data, style, limit=3).items) == 3  # the line is not read
 
 
 def test_mutated_lines_are_read_or_refused(data, model):
@@ -307,7 +310,7 @@ def test_mutated_lines_are_read_or_refused(data, model):
 
 @pytest.fixture
 def web(data, tmp_path, monkeypatch):
-    """A web whose one file is `web.data`; raises `web.error` instead, if set; counts requests."""
+    """A fake web with one file, `web.data`. It counts requests and raises `web.error` if set."""
 
     class Web:
         error, requests = None, 0
@@ -341,8 +344,8 @@ def test_damaged_cache_is_downloaded_again(web):
 @pytest.mark.parametrize("cut", [-1, 0])
 def test_damaged_download_leaves_nothing(web, cut):
     web.data = web.data[:cut] + b"?"
-    with pytest.raises(OSError, match=r"damaged.*--data"):
-        hellaswag.ensure_data()
+    with pytest.raises(OSError, match=r"(?s)damaged.*--data"):
+        hellaswag.evaluate(HellaSwagConfig(), CPU, None)
     assert not web.file.parent.exists()
 
 
@@ -357,8 +360,22 @@ def test_damaged_download_leaves_nothing(web, cut):
 )
 def test_no_network_says_what_to_do(web, error):
     web.error = error
-    with pytest.raises(OSError, match=r"cannot be downloaded .*--data"):
-        hellaswag.ensure_data()
+    with pytest.raises(OSError, match=r"(?s)cannot be downloaded .*--data"):
+        hellaswag.evaluate(HellaSwagConfig(), CPU, None)
+
+
+def test_training_goes_on_without_the_data_and_says_so_once(web, data, capsys):
+    web.error = TimeoutError("timed out")
+    machines = [Machine(CPU.device, CPU.dtype, rank) for rank in (0, 1)]
+    assert hellaswag.questions_for_training(machines[0]) is None
+    printed = capsys.readouterr().out
+    assert printed.startswith("note: no HellaSwag in this run: ") and printed.count("\n") == 1
+    assert str(web.file) in printed and "--data" not in printed, "train_gpt2.py has no such flag"
+    web.error = None
+    expected = hellaswag.load_questions(data, "completion")
+    assert hellaswag.questions_for_training(machines[0]) == expected and web.requests == 2
+    assert hellaswag.questions_for_training(machines[1]) == expected and web.requests == 2
+    assert capsys.readouterr().out == ""
 
 
 # -----------------------------------------------------------------------------
@@ -367,11 +384,11 @@ def test_no_network_says_what_to_do(web, error):
 
 @pytest.fixture
 def command(model, monkeypatch, capsys):
-    """Run hellaswag.py with arguments; return its exit code, and what it printed."""
+    """Run hellaswag.py with arguments; return its exit code, stdout and stderr."""
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["hellaswag.py", *map(str, arguments)])
-        monkeypatch.setattr(hellaswag, "load_model", lambda name, device: model)
+        monkeypatch.setattr(train_gpt2, "load_model", lambda name, device: model)
         code = 0
         try:
             hellaswag.main()
@@ -383,7 +400,7 @@ def command(model, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("style", ["completion", "harness"])
-def test_command_prints_the_style_and_writes_all_it_knows(data, tmp_path, command, model, style):
+def test_command_prints_the_style_and_writes_every_example(data, tmp_path, command, model, style):
     out = tmp_path / "results.jsonl"
     arguments = ["--data", data, "--style", style, "--dtype", "float32", "--out", out]
     code, printed, _ = command(*arguments, "--device", "cpu", "--model", "tiny")
@@ -412,7 +429,7 @@ def test_mistakes_are_one_line_and_exit_2(data, tmp_path, command, monkeypatch):
         (["--data", tmp_path / "none.jsonl"], "no such file"),
         (["--data", tmp_path], "cannot be read (Is a directory)"),
         (["--data", tmp_path / "empty.jsonl"], "holds no examples"),
-        (["--data", tmp_path / "bad.jsonl"], "line 1 is no HellaSwag example"),
+        (["--data", tmp_path / "bad.jsonl"], "line 1 is not a HellaSwag example"),
         (["--data", data, "--limit", 0], "--limit"),
         (["--data", data, "--style", "other"], "style"),
         (["--data", data, "--out", tmp_path / "none/out.jsonl"], "--out"),
@@ -423,7 +440,7 @@ def test_mistakes_are_one_line_and_exit_2(data, tmp_path, command, monkeypatch):
         assert complaint.startswith("hellaswag.py: error: ") and what in complaint
 
 
-def test_losses_that_are_no_numbers_are_no_result(data, command, model, monkeypatch):
+def test_losses_that_are_not_finite_are_an_error(data, command, model, monkeypatch):
     nan = torch.full((4, 4), torch.nan)
     monkeypatch.setattr(hellaswag, "ending_losses", lambda *arguments: nan)
     code, _, complaint = command("--data", data, "--device", "cpu")
@@ -435,7 +452,7 @@ def test_losses_that_are_no_numbers_are_no_result(data, command, model, monkeypa
 
 
 def real_lines(count):
-    """Return lines of the validation set, drawn at random but always the same."""
+    """Return lines of the validation set, drawn at random with a fixed seed."""
     given = os.environ.get("HELLASWAG_DATA")
     try:
         path = hellaswag.ensure_data(given and Path(given))
@@ -449,8 +466,8 @@ def real_lines(count):
 def test_twice_as_fast_as_the_plain_way(data, dtype):
     """200 examples, GPT-2 124M with random weights; `-s` shows the times.
 
-    Half of the plain way comes before ours and half after it, so that a machine that is busy with
-    other things for a while is unjust to neither.
+    Half of the plain way runs before ours and half after it, so that other work on the machine
+    slows both.
     """
     data.write_text("\n".join(real_lines(200)))
     style, items = questions = hellaswag.load_questions(data, "completion")
@@ -479,7 +496,7 @@ def test_twice_as_fast_as_the_plain_way(data, dtype):
 
 @pytest.mark.slow
 def test_harness_tokens_are_those_of_lm_eval(data):
-    """All 10,042 examples: the same context, the same four endings, the same lengths."""
+    """All 10,042 examples have the same context, the same four endings and the same lengths."""
     utils = pytest.importorskip("lm_eval.tasks.hellaswag.utils")
     from lm_eval.api.model import TemplateLM
 
@@ -503,9 +520,9 @@ def test_harness_tokens_are_those_of_lm_eval(data):
 
 @pytest.mark.slow
 def test_harness_agrees_with_lm_eval(data, monkeypatch):
-    """Same predictions, and log-likelihoods within 1e-3, on 400 examples drawn at random.
+    """Predictions are the same and log-likelihoods within 1e-3, on 400 examples drawn at random.
 
-    Needs lm-eval (in an environment of its own: it has many requirements) and the data: see
+    Needs the data, and lm-eval in a separate environment, because it has many requirements: see
     benchmarks/hellaswag.md.
     """
     lm_eval = pytest.importorskip("lm_eval")
@@ -549,8 +566,8 @@ def test_harness_agrees_with_lm_eval(data, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_all_of_it_in_ten_seconds_on_a_gpu(data):
-    """GPT-2 124M with random weights, for an H100 or H200; not yet run on one."""
+def test_the_whole_set_takes_ten_seconds_on_a_gpu(data):
+    """GPT-2 124M with random weights. The limit is for an H100 or H200; not yet run on one."""
     data.write_text("\n".join(real_lines(10_042)))
     questions = hellaswag.load_questions(data, "completion")
     machine = Machine(torch.device("cuda"), torch.bfloat16)
