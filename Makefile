@@ -9,7 +9,7 @@ demo: .venv/.run
 	$(BIN)/python train_gpt2.py --preset tiny --optimizer muon --data_dir data/pydocs --out_dir log/demo --eval_every 350 --resume
 	$(BIN)/python plot.py log/demo
 	@echo
-	@echo "Trained. Now let it write, with your own beginning:"
+	@echo "Trained. Let it write, from a prompt of your own:"
 	@echo "  .venv/bin/python sample.py --model log/demo/hf --prompt 'Return the number of'"
 	@echo "or train on your own text:"
 	@echo "  .venv/bin/python fineweb.py --source 'texts/*.txt' --out_dir data/mine"
