@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draw the curves of one run, or of several in one picture. A run may still be going on."""
+    """Draw the curves of one run, or of several in one picture. A run may still be in progress."""
 
     runs: Positional[tuple[Path, ...]]  # folders of runs, or their metrics.jsonl
     out: Path | None = None  # .png or .svg file (default: curves.png in the first run's folder)

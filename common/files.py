@@ -43,7 +43,8 @@ def take_lock(folder: Path) -> BinaryIO:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock on a folder; then remove the lock file and the new folders that stayed empty.
 
-    Deletes the unfinished files of a killed process: nobody else writes them under the lock.
+    Deletes the unfinished files of a killed process. While the lock is held, no other process
+    writes them.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

@@ -179,7 +179,7 @@ def choose_micro_batch_size(
 ) -> int:
     """Return the rows of a micro-batch: `asked`, or the largest power of two that `fits`.
 
-    `tokens`, of which every step has a multiple, must be whole micro-batches on every rank. If not,
+    Every step has a multiple of `tokens`, which must be whole micro-batches on every rank. If not,
     raises ValueError with values that work. `flag` is the flag that sets `tokens`.
     """
     rows = tokens // (T * world_size)  # on each rank
