@@ -867,12 +867,12 @@ def open_log(run: Run) -> RunLog:
     log = RunLog(config.out_dir, run.step, machine.is_main, config.tensorboard, config.wandb)
     cuda = machine.device.type == "cuda"
     log.write(
-        "run", run.step, config=plain(config), model_config=plain(model.config),
+        "run", run.step, config=plain(config), model_config=plain(model.config),  # as JSON types
         n_params=model.n_params, data=run.data,
         micro_batch_size=run.micro_batch_size, world_size=machine.world_size, compile=run.compiled,
         device=torch.cuda.get_device_name(machine.device) if cuda else machine.device.type,
-        dtype=str(machine.dtype).removeprefix("torch."),
-        passes=config.budget / (len(run.train_windows) * model.config.block_size),
+        dtype=str(machine.dtype).removeprefix("torch."),  # of matrix products
+        passes=config.budget / (len(run.train_windows) * model.config.block_size),  # epochs
     )  # fmt: skip
     for note in run.notes:
         machine.print(f"note: {note}")
@@ -888,7 +888,7 @@ def log_step(
     """Record a step of `dt` seconds, or that it was not applied and on which windows."""
     if not result.applied:
         T = run.model.config.block_size
-        windows = [(run.tokens_seen - batch_tokens) // T, run.tokens_seen // T]
+        windows = [(run.tokens_seen - batch_tokens) // T, run.tokens_seen // T]  # to look at
         why = f"loss {result.loss}, gradient norm {result.grad_norm}"
         log.write("skip", run.step, why=why, windows=windows)
         return
@@ -897,8 +897,8 @@ def log_step(
     log.write(
         "train", run.step, loss=result.loss, **rates, grad_norm=result.grad_norm, dt=dt,
         batch_tokens=batch_tokens, tokens_seen=run.tokens_seen,
-        mfu=hardware.mfu(flops * batch_tokens, dt, machine.device, machine.world_size),
-        tokens_per_sec=batch_tokens / dt, data_wait=result.data_wait,
+        mfu=hardware.mfu(flops * batch_tokens, dt, machine.device, machine.world_size),  # of peak
+        tokens_per_sec=batch_tokens / dt, data_wait=result.data_wait,  # the wait is part of dt
     )  # fmt: skip
 
 
@@ -916,8 +916,8 @@ def train_loop(run: Run, signals: list[int]) -> None:
         "val": config.eval_every,
         "hellaswag": hellaswag_every if questions else 0,
         "sample": config.sample_every if gpt2_ids else 0,
-        "checkpoint": config.checkpoint_every,
-        "stats": config.stats_every,
+        "checkpoint": config.checkpoint_every,  # what a crash may cost
+        "stats": config.stats_every,  # how one update treats each layer
     }
     val_tokens = config.val_tokens or (10485760 if cuda else 65536)
     n_val = min(len(run.val_windows), max(1, val_tokens // T))
@@ -989,7 +989,7 @@ def train_loop(run: Run, signals: list[int]) -> None:
         if skipped and skipped >= config.max_skipped:
             what = f"{skipped} steps in a row were not finite"
             raise ValueError(f"{what}: start again with a lower --max_lr, or with other data")
-        run.step += 1
+        run.step += 1  # a skipped step counts too
 
 
 def main() -> None:
