@@ -54,6 +54,19 @@ def test_stop_and_resume_changes_no_bit(data_dir, tmp_path, changes):
     assert_same_weights(final_weights(folder, last)[0], final_weights(tmp_path / "whole", last)[0])
 
 
+def test_a_resumed_run_logs_and_saves_nothing_a_second_time(data_dir, tmp_path):
+    every = dict(eval_every=5, sample_every=5, checkpoint_every=5, vocab_size=50257)
+    whole = run_train(data_dir, tmp_path, keep_checkpoints=0, **every)
+    (tmp_path / "ckpt_000010.pt").unlink()
+    before = (tmp_path / "ckpt_000005.pt").stat().st_mtime_ns
+    resumed = run_train(data_dir, tmp_path, resume=True, keep_checkpoints=0, **every)
+    assert (tmp_path / "ckpt_000005.pt").stat().st_mtime_ns == before
+    for event, count in (("val", 1), ("sample", 2), ("checkpoint", 1)):
+        found = [[m["step"] for m in run if m["event"] == event] for run in (whole, resumed)]
+        steps = [5, 10] if event == "checkpoint" else [0, 5, 10]
+        assert found == [[step for step in steps for _ in range(count)]] * 2, event
+
+
 def test_resuming_with_another_micro_batch_trains_on_the_same_batches(data_dir, tmp_path):
     whole = run_train(data_dir, tmp_path, checkpoint_every=5)
     for path in tmp_path.glob("ckpt_000010.pt"):

@@ -398,6 +398,16 @@ def test_validation_is_the_exact_mean_whatever_the_batch(small_model, data_dir):
     assert small_model.training
 
 
+def test_validation_is_without_dropout_and_training_with_it(small_model, data_dir):
+    windows = Windows(data_dir, "val", 16, 300)
+    dropping = GPT(dataclasses.replace(small_model.config, dropout=0.5)).train()
+    dropping.load_state_dict(small_model.state_dict())
+    losses = [validation_loss(model, windows, 8, 8, CPU) for model in (small_model, dropping)]
+    assert losses[0] == losses[1] and dropping.training
+    x, y = windows.read(np.arange(8))
+    assert len({dropping(x, y).item() for _ in range(3)}) == 3
+
+
 # -----------------------------------------------------------------------------
 # choices made for the user
 
