@@ -149,13 +149,15 @@ def test_padded_ids_do_not_change_the_losses(data, model):
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_result_does_not_depend_on_the_world_size(data, model, monkeypatch, world_size):
     monkeypatch.setattr(hellaswag, "CPU_BATCH_TOKENS", 150)  # several batches
-    monkeypatch.setattr(hellaswag.dist, "all_reduce", lambda tensor: None)
+    summed = []
+    monkeypatch.setattr(hellaswag.dist, "all_reduce", summed.append)
     questions = hellaswag.load_questions(data, "harness")
     parts = [
         hellaswag.ending_losses(model, questions, Machine(CPU.device, CPU.dtype, r, world_size))
         for r in range(world_size)
     ]
     assert sum(part.any() for part in parts) > 1  # the work is shared
+    assert [len(losses) for losses in summed] == [4 * len(questions.items)] * world_size
     assert torch.equal(sum(parts), hellaswag.ending_losses(model, questions, CPU))
 
 

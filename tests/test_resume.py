@@ -54,6 +54,17 @@ def test_stop_and_resume_changes_no_bit(data_dir, tmp_path, changes):
     assert_same_weights(final_weights(folder, last)[0], final_weights(tmp_path / "whole", last)[0])
 
 
+def test_a_float16_run_continues_with_the_scale_that_it_had(data_dir, tmp_path):
+    run_train(data_dir, tmp_path, dtype="float16", checkpoint_every=5, keep_checkpoints=0)
+    (tmp_path / "ckpt_000010.pt").unlink()
+    state = torch.load(tmp_path / "ckpt_000005.pt", weights_only=True)
+    state["scaler"]["scale"] = 512.0  # a new scaler begins at 65536
+    torch.save(state, tmp_path / "ckpt_000005.pt")
+    run_train(data_dir, tmp_path, dtype="float16", resume=True)
+    after = torch.load(tmp_path / "ckpt_000010.pt", weights_only=True)
+    assert after["scaler"]["scale"] == 512.0
+
+
 def test_a_resumed_run_logs_and_saves_nothing_a_second_time(data_dir, tmp_path):
     every = dict(eval_every=5, sample_every=5, checkpoint_every=5, vocab_size=50257)
     whole = run_train(data_dir, tmp_path, keep_checkpoints=0, **every)

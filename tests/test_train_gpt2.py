@@ -34,6 +34,7 @@ from train_gpt2 import (
 
 CPU = Machine(torch.device("cpu"), torch.float32)
 CPU16 = dataclasses.replace(CPU, dtype=torch.bfloat16)
+RUN_SEED = TrainConfig().seed
 UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -96,6 +97,15 @@ def test_gpt2_has_the_published_size_and_decays_matrices_only():
     idx = torch.randint(0, 50257, (2, 65))
     with torch.no_grad():
         assert abs(model(idx[:, :-1], idx[:, 1:]).item() - math.log(50257)) < 0.2
+
+
+def test_adamw_gets_the_settings_of_the_configuration(small_model):
+    given = dict(beta1=0.8, beta2=0.7, eps=1e-6, weight_decay=0.3, max_lr=2e-3)
+    adamw = make_optimizers(small_model, TrainConfig(**given), CPU)["optimizer"]
+    for group in adamw.param_groups:
+        assert group["betas"] == (0.8, 0.7) and group["eps"] == 1e-6 and group["fused"]
+        assert group["peak_lr"] == 2e-3 and group["logged_as"] == "lr"
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.3, 0.0]
 
 
 def test_initialisation_scales_residual_projections():
@@ -215,6 +225,19 @@ def test_what_a_step_trains_on_does_not_depend_on_ranks_or_micro_batch(data_dir,
     expected = rows_of_a_step(data_dir, 1, 8, step)
     assert expected == rows_of_a_step(data_dir, 2, 4, step) == rows_of_a_step(data_dir, 4, 1, step)
     assert expected != rows_of_a_step(data_dir, 1, 8, step + 1)
+
+
+def test_windows_come_in_order_unless_they_are_shuffled(data_dir):
+    windows, firsts = Windows(data_dir, "train", 16, 300), {}
+    for shuffle in (False, True):
+        config = TrainConfig(**{**RUN, "data_dir": data_dir, "shuffle": shuffle})
+        batches = micro_batches(windows, config, 8, CPU, 0, 0)
+        firsts[shuffle] = torch.cat([x for x, _ in itertools.islice(batches, 4)])
+        batches.close()
+    assert torch.equal(firsts[False], windows.read(np.arange(32))[0])
+    order = window_order(len(windows), RUN_SEED, 0)[:32]
+    assert torch.equal(firsts[True], windows.read(order)[0])
+    assert not torch.equal(firsts[True], firsts[False])
 
 
 def dropout_masks(data_dir, first_step: int, steps: int, rank: int = 0, seed: int = 1) -> list:
@@ -365,6 +388,16 @@ def test_the_gradient_is_clipped_and_the_norm_before_it_reported(small_model):
     result, after = flat_weights_after_a_step(small_model, [(x, y)], 1)
     assert result.grad_norm > 1
     assert (before - after).norm().item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_clip_of_0_leaves_the_gradient_as_it_is(small_model):
+    x, y = torch.randint(0, 300, (2, 4, 16))
+    before = torch.cat([p.detach().flatten() for p in small_model.parameters()])
+    optimizers = {"optimizer": torch.optim.SGD(small_model.parameters(), lr=1.0)}
+    result = train_step(small_model, optimizers, UNSCALED, iter([(x, y)]), 1, 0.0, CPU)
+    after = torch.cat([p.detach().flatten() for p in small_model.parameters()])
+    assert (before - after).norm().item() == pytest.approx(result.grad_norm, rel=1e-3)
+    assert result.grad_norm > 1
 
 
 def test_a_float16_step_that_overflows_is_not_applied_and_lowers_the_scale(small_model):
