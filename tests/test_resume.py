@@ -127,8 +127,10 @@ def test_init_from_starts_with_the_weights_of_a_checkpoint(data_dir, tmp_path):
     checkpoint = tmp_path / "first" / "ckpt_000004.pt"
     sizes = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"))
     second = run_train(
-        data_dir, tmp_path / "second", init_from=str(checkpoint), max_steps=1, **sizes
+        data_dir, tmp_path / "second", init_from=str(checkpoint), max_steps=1, dropout=0.2, **sizes
     )
+    config = torch.load(tmp_path / "second" / "ckpt_000001.pt", weights_only=True)["model_config"]
+    assert config["dropout"] == 0.2 and config["n_embd"] == 32
     end = read_metrics(tmp_path / "first", "val")[-1]["loss"]
     assert next(m["loss"] for m in second if m["event"] == "val") == end
     with pytest.raises(ValueError, match=r"n_layer 3: .* has 2"):

@@ -24,6 +24,7 @@ from train_gpt2 import (
     Windows,
     compile_model,
     learning_rate,
+    load_model,
     make_optimizers,
     micro_batches,
     step_batch_tokens,
@@ -443,6 +444,28 @@ def test_validation_is_without_dropout_and_training_with_it(small_model, data_di
 
 # -----------------------------------------------------------------------------
 # choices made for the user
+
+
+@pytest.mark.parametrize(("val_tokens", "windows"), [(512, 32), (1, 1), (10**6, 62)])
+def test_a_run_validates_on_the_first_windows_of_the_validation_split(
+    data_dir, tmp_path, val_tokens, windows
+):
+    metrics = run_train(data_dir, tmp_path, val_tokens=val_tokens, max_steps=1)
+    torch.manual_seed(RUN_SEED)
+    fresh = GPT(GPTConfig(**SMALL))
+    x, y = Windows(data_dir, "val", 16, 300).read(np.arange(windows))
+    with torch.no_grad():
+        expected = fresh(x, y).item()
+    assert metrics[1]["event"] == "val" and metrics[1]["step"] == 0
+    assert metrics[1]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_end_of_a_run_leaves_its_last_weights_for_other_programs(data_dir, tmp_path):
+    run_train(data_dir, tmp_path, max_steps=2)
+    exported, last = (load_model(tmp_path / name) for name in ("hf", "ckpt_000002.pt"))
+    for (name, a), b in zip(exported.named_parameters(), last.parameters(), strict=True):
+        rows = 300 if "wte" in name else len(a)  # the padding is not exported
+        assert torch.equal(a[:rows], b[:rows]), name
 
 
 def test_compiling_evaluating_and_sampling_work_together(data_dir, tmp_path):
