@@ -7,8 +7,8 @@ GPT-2 and its training, in one file. This is the outline of a run:
     python train_gpt2.py --preset tiny --data_dir data/pydocs       # on two CPU cores, in minutes
 
 Read it from top to bottom: configuration, model, data, optimizer and schedule, ranks, one step,
-evaluation, the loop. What every command needs lies in common/: checkpoint files, the run's log, the
-tokenizer, the choice of precision. You can follow GPT-2 and its training without opening them.
+evaluation, the loop. What commands share is in common/: checkpoint files, the run's log, the
+tokenizer, the choice of precision. You can follow GPT-2 and its training without opening it.
 
 Shapes: B rows (sequences) of a micro-batch, T tokens of a row, C width of the residual stream
 (n_embd), nh attention heads of size hs (C = nh * hs), V vocabulary padded to a multiple of 128.
@@ -63,19 +63,19 @@ class Preset(NamedTuple):
     max_steps: int = 19073  # 10B tokens at half a million a step
 
 
-PRESETS = {
+PRESETS = {  # sizes of GPT-2 and GPT-3, rates and batches of GPT-3 (its paper, table 2.1)
     "tiny": Preset(4, 128, 4, 128, 4e-3, 512, 4, 700),
     "gpt2": Preset(12, 768, 12, 1024, 6e-4, 524288),
     "gpt2-medium": Preset(24, 1024, 16, 1024, 3e-4, 524288),
     "gpt2-large": Preset(36, 1280, 20, 1024, 2.5e-4, 524288),
     "gpt2-xl": Preset(48, 1600, 25, 1024, 2e-4, 1048576),
-    "gpt3-125m": Preset(12, 768, 12, 2048, 6e-4, 524288),  # GPT-3 paper, table 2.1
+    "gpt3-125m": Preset(12, 768, 12, 2048, 6e-4, 524288),
     "gpt3-350m": Preset(24, 1024, 16, 2048, 3e-4, 524288),
     "gpt3-760m": Preset(24, 1536, 16, 2048, 2.5e-4, 524288),
-    "gpt3-1.3b": Preset(24, 2048, 16, 2048, 2e-4, 1048576),
+    "gpt3-1.3b": Preset(24, 2048, 16, 2048, 2e-4, 1048576),  # 24 heads in the paper: do not divide
     "gpt3-2.7b": Preset(32, 2560, 32, 2048, 1.6e-4, 1048576),
     "gpt3-6.7b": Preset(32, 4096, 32, 2048, 1.2e-4, 2097152),
-    "gpt3-13b": Preset(40, 5120, 40, 2048, 1e-4, 2097152),
+    "gpt3-13b": Preset(40, 5120, 40, 2048, 1e-4, 2097152),  # width 5140 in the paper
 }
 MODEL_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
@@ -125,13 +125,13 @@ class TrainConfig:
     n_embd: int | None = None  # width of the residual stream
     block_size: int | None = None  # context length, in tokens
     vocab_size: int | None = None  # token ids (50257), padded to a multiple of 128 in memory
-    dropout: float = 0.0  # probability; 0 is best if text is seldom repeated
+    dropout: float = 0.0  # probability; 0 is best if the data is read about once
     init_from: str | None = None  # checkpoint, Hugging Face folder or hub name to start from
     # batch
     total_batch_size: int | None = None  # tokens a step, over all ranks
     micro_batch_size: int | None = None  # rows at a time on one device (default: what fits)
     batch_ramp_tokens: int = 0  # grow the batch linearly over this many tokens
-    batch_ramp_start: int = 32768  # tokens a step at the start of the ramp; the batch is a multiple
+    batch_ramp_start: int = 32768  # tokens a step at the start; every batch is a multiple of it
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks
     max_steps: int | None = None  # the budget of the run, in steps of total_batch_size
@@ -160,8 +160,8 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps; 0: only at the end and on a signal
     keep_checkpoints: int = 2  # how many of the newest to keep; 0: all
     resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
-    max_skipped: int = 10  # stop after so many steps in a row with a loss or norm not finite
-    timeout_minutes: float = 10.0  # a rank that is silent for so long ends a distributed run
+    max_skipped: int = 10  # stop after this many skipped steps in a row (not finite)
+    timeout_minutes: float = 10.0  # end the run if a rank is silent for this long
     stats_every: int = 0  # steps between records of how each layer is updated; 0: never
     tensorboard: bool = False  # send the same numbers to TensorBoard, in out_dir
     wandb: bool = False  # send the same numbers to Weights & Biases
@@ -174,15 +174,15 @@ class TrainConfig:
         fill["max_lr"] = preset.max_lr if self.init_from is None else preset.max_lr / 10
         for name, value in fill.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, value)  # the class is frozen
         for name, value in vars(self).items():
-            at_least = 1 if name in ("total_batch_size", "max_steps", "micro_batch_size") else 0
+            at_least = int(name.endswith(("_size", "_start", "max_steps", "val_tokens")))
             if isinstance(value, int | float) and not at_least <= value < math.inf:
                 raise ValueError(f"{name} {value}: give a number of {at_least} or more")
         betas = self.beta1, self.beta2, self.muon_momentum
         if self.warmup_tokens > self.budget or max(betas) >= 1:
             raise ValueError("give --warmup_steps up to max_steps, betas and momentum below 1")
-        if self.batch_ramp_tokens and self.total_batch_size % max(self.batch_ramp_start, 1):
+        if self.batch_ramp_tokens and self.total_batch_size % self.batch_ramp_start:
             raise ValueError(
                 f"batch_ramp_start {self.batch_ramp_start} does not divide total_batch_size "
                 f"{self.total_batch_size}: give a divisor of it"
@@ -227,14 +227,15 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is not None:  # sampling keeps the keys and values of earlier tokens
             k, v = cache.extend(k, v)
-        # softmax(q k^T / sqrt(hs)) v. A query asks, keys answer, values are what is passed on.
-        # Flash attention (Dao et al., 2022) works in blocks and never stores the T x T scores:
-        # for B = 8, T = 1024 they would be 200 MB a layer in bfloat16.
+        # softmax(q k^T / sqrt(hs)) v: a query asks, keys answer, values are what is passed on. The
+        # sum of hs products has variance hs; without sqrt(hs) softmax would pick one key alone.
+        # Flash attention (Dao et al., 2022), where torch has it, never stores the T x T scores: 200
+        # MB a layer in bfloat16 for B = 8, T = 1024.
         y = F.scaled_dot_product_attention(
             q, k, v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,  # position t must not see t+1, which it predicts
+            is_causal=mask is None and T > 1,  # position t must not see t+1, its target
         )  # (B, nh, T, hs)  # fmt: skip
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -265,8 +266,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None) -> Tensor:
-        # "Pre-norm": LayerNorm is inside the branches, so nothing but additions lies on the way
-        # from the last block to the embedding. The gradient reaches every layer at full strength.
+        # "Pre-norm": LayerNorm is inside the branches. Between the blocks there are only additions,
+        # so a part of the gradient reaches every layer unchanged, at any depth.
         x = x + self.attn(self.ln_1(x), mask, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -294,9 +295,9 @@ class GPT(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        # 0.02 is close to 1/sqrt(C) for the widths of GPT-2 (0.036 at 768, 0.025 at 1600): outputs
-        # of a layer start about as large as its inputs. Logits start small too, so every token is
-        # about equally likely and the first loss is close to ln(V).
+        # 0.02 is GPT-2's value. A layer's outputs start smaller than its inputs: by 0.02 * sqrt(C),
+        # 0.55 at C = 768 and 0.8 at 1600. Logits start small too, so every token is about equally
+        # likely and the first loss is close to ln(V).
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 # Each of the n_layer blocks adds to the residual stream twice. A sum of n equal
@@ -318,7 +319,7 @@ class GPT(nn.Module):
         """Return the final hidden states (B, T, C) of token ids (B, T).
 
         Scoring and sampling use `positions` (B, T) or (T,), `mask` (True if a query sees a key)
-        and `caches` (one a layer). By default row t is position t and sees all rows before it.
+        and `caches` (one a layer). By default token t has position t and sees tokens 0 to t.
         """
         if positions is None:
             T, most = idx.size(1), self.config.block_size
@@ -374,8 +375,8 @@ def compile_model(model: GPT) -> None:
     """Compile in place, block by block: all blocks share one graph, so it is compiled once."""
     from torch._functorch import config
 
-    # On a CPU the backward pass computes norms, GELU and casts again instead of storing them: the
-    # same speed in an eighth less memory (benchmarks/ladder_cpu.md).
+    # On a CPU the backward pass computes norms, GELU and casts again instead of storing them: as
+    # fast, in an eighth less memory at 124M (benchmarks/ladder_cpu.md).
     config.ban_recompute_materialized_backward = next(model.parameters()).device.type != "cpu"
     for block in model.transformer.h:
         block.compile(dynamic=False)
@@ -402,7 +403,7 @@ class Windows:
     def __init__(self, data_dir: Path, split: str, block_size: int, vocab_size: int):
         self.block_size = block_size
         self.shards = open_shards(data_dir, split, vocab_size)  # memory-mapped
-        # a window needs T + 1 tokens, as the last input needs a target: hence n - 1
+        # a window needs T + 1 tokens, because its last input needs a target: hence n - 1
         self.ends = np.cumsum([max(0, len(s) - 1) // block_size for s in self.shards])
         self._order: tuple[Any, np.ndarray] = (None, np.empty(0))
 
@@ -467,7 +468,7 @@ def micro_batches(
             (step, micro_step, _), batch = ahead.popleft()
             x, y = batch.result()  # has been read while the device worked
             ahead.extend((place, reader.submit(read, place[2])) for place in islice(todo, 1))
-            if config.dropout:  # the same masks after a restart: the seed depends on place alone
+            if config.dropout:  # the model draws its masks next: the same ones after a restart
                 key = np.random.SeedSequence((config.seed, step, micro_step, machine.rank))
                 torch.manual_seed(int(key.generate_state(1)[0]))
             yield x.to(machine.device, non_blocking=True), y.to(machine.device, non_blocking=True)
@@ -482,8 +483,8 @@ def make_optimizers(model: GPT, config: TrainConfig, machine: "Machine") -> dict
     params = [p for p in model.parameters() if p.requires_grad]
     optimizers = {}
     if config.optimizer == "muon":
-        # Muon is for matrices that map vectors to vectors. The embedding looks up rows, and only a
-        # few of them get a gradient from a batch as input; it stays with AdamW.
+        # Muon is for matrices that map vectors to vectors. The embedding is a table with a row for
+        # each token. It stays with AdamW, as in Muon's own recipe.
         inside = {p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2}
         optimizers["muon"] = Muon(
             [p for p in params if p in inside], config.weight_decay, config.muon_momentum,
@@ -491,17 +492,17 @@ def make_optimizers(model: GPT, config: TrainConfig, machine: "Machine") -> dict
             peak_lr=config.max_lr if config.muon_lr is None else config.muon_lr,
         )  # fmt: skip
         params = [p for p in params if p not in inside]
-    # Weight decay keeps matrices small, so that no direction dominates. Biases and the gains of
-    # LayerNorm only shift and scale: pulling a gain to 0 would switch its channel off.
+    # Weight decay pulls weights towards 0, so a large one must pay for itself. Biases and the gains
+    # of LayerNorm only shift and scale: pulling a gain to 0 would switch its channel off.
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [{**group, "peak_lr": config.max_lr, "logged_as": "lr"} for group in groups]
     # AdamW (Loshchilov and Hutter, 2019) divides the mean gradient by the root of its mean square:
-    # each weight moves by about the learning rate, whatever its scale. beta2 is 0.95, not 0.999, so
-    # that the average follows when gradients change (GPT-3 paper, appendix B).
-    # fused: one kernel for all tensors. It reads and writes 28 bytes a parameter, once.
+    # a weight moves by at most about the learning rate, for gradients of any scale. The betas are
+    # GPT-3's (appendix B): with 0.95 instead of 0.999 the second average follows changes faster.
+    # fused: a few kernels for all tensors. They read and write 28 bytes a parameter, once.
     betas = (config.beta1, config.beta2)  # averages over about 10 and 20 steps
     adamw = torch.optim.AdamW(groups, config.max_lr, betas, config.eps, fused=True)
     return {"optimizer": adamw, **optimizers}
@@ -510,27 +511,27 @@ def make_optimizers(model: GPT, config: TrainConfig, machine: "Machine") -> dict
 def step_batch_tokens(config: TrainConfig, tokens_seen: int) -> int:
     """Return the tokens of the step that starts at `tokens_seen`: the ramp, cut at the budget.
 
-    Early gradients agree, so small batches do (McCandlish et al., 2018; GPT-3 paper, appendix B).
+    At first all examples give similar gradients, so a small batch is enough (GPT-3 paper, B).
     """
     batch = config.total_batch_size
     if tokens_seen < config.batch_ramp_tokens:
         start = config.batch_ramp_start
         batch = start + (batch - start) * tokens_seen // config.batch_ramp_tokens
-        batch -= batch % start  # whole micro-batches for every number of ranks
+        batch -= batch % start  # whole micro-batches on any number of ranks
     return min(batch, config.budget - tokens_seen)
 
 
 def learning_rate(config: TrainConfig, tokens_seen: int, batch_tokens: int, peak: float) -> float:
     """Return the rate of the step that starts at `tokens_seen`: linear warm-up, then down.
 
-    Warm-up counts the tokens seen after the step, so that the first step is not lost.
+    Warm-up counts the tokens seen after the step, so the rate of the first step is not 0.
     """
     warmup = config.warmup_tokens
     if tokens_seen < warmup:  # AdamW's averages are noisy at first, and large steps would do harm
         return peak * min(1.0, (tokens_seen + batch_tokens) / warmup)
     progress = (tokens_seen - warmup) / (config.budget - warmup)
     if config.schedule == "linear":
-        return peak * (1 - progress)  # to 0: the last steps only average out noise
+        return peak * (1 - progress)  # to 0: small last steps average out noise
     cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
@@ -565,7 +566,7 @@ class Machine:
 
     @property
     def autocast(self) -> torch.autocast:
-        """Run matrix products in `dtype`, and norms, softmax and loss in float32.
+        """Run matrix products in `dtype`; norms, softmax, loss and residual stream stay float32.
 
         bfloat16 has the range of float32 with 8 bits of precision instead of 24. A product sums
         up in float32, so single errors of 0.4% average out. The weights must not be rounded: an
@@ -591,8 +592,8 @@ def set_up_machine(config: TrainConfig) -> Iterator[Machine]:
     """Choose device and precision; under torchrun join the other ranks."""
     with advice("give --device cpu"):
         kind = hardware.choose_device(config.device)
-    # Products that stay in float32 may use TF32 on a GPU: 10 bits of each factor instead of 23, for
-    # several times the speed. A CPU ignores this.
+    # Products that stay in float32 may use TF32 on a GPU: 11 bits of precision instead of 24, for
+    # several times the speed. Most CPUs ignore this.
     torch.set_float32_matmul_precision("high")
     device = local_device(kind)
     with join_ranks(kind, config.timeout_minutes) as (rank, world_size):
@@ -631,24 +632,24 @@ def train_step(
         x, y = next(micro_batches)
         data_wait += time.perf_counter() - start
         if machine.world_size > 1:
-            # DDP averages gradients over the ranks during a backward pass. Sums can wait: once, in
-            # the last micro-step, is enough, and sends 1/grad_accum_steps of the bytes.
+            # DDP averages gradients over the ranks in a backward pass. To do it in the last one is
+            # enough, and sends 1/grad_accum_steps of the bytes. (DDP's no_sync() sets this too.)
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with machine.autocast:
             # Each loss is a mean over its micro-batch, and backward() adds gradients up. Without
             # the division the gradient would be grad_accum_steps times too large.
             loss = model(x, y) / grad_accum_steps
         report[0] += loss.detach()  # stays on the device: .item() would wait for it
-        scaler.scale(loss).backward()  # float16 only: lifts small gradients above 6e-8
+        scaler.scale(loss).backward()  # float16 only: keeps small gradients from becoming 0
     for optimizer in optimizers.values():
         scaler.unscale_(optimizer)
-    # One bad batch must not throw the weights far away: a longer gradient is scaled to grad_clip.
+    # One bad batch must not move the weights far: a larger norm is scaled down to grad_clip.
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     if machine.world_size > 1:
         dist.all_reduce(report)
-    # The one point in a step where the CPU waits for the device.
+    # Here the CPU waits for the device: once, for all three numbers.
     loss_sum, stops, norm = torch.cat([report, norm.view(1)]).tolist()
-    # A NaN in the weights could never be removed. Every rank sees the same sums and decides alike.
+    # A NaN in the weights stays there. Every rank sees the same sums, so all decide alike.
     applied = math.isfinite(loss_sum) and math.isfinite(norm)
     for optimizer in optimizers.values():
         if applied:
@@ -666,7 +667,7 @@ def validation_loss(model: GPT, windows: Windows, n: int, B: int, machine: Machi
     for first in range(machine.rank * B, n, machine.world_size * B):
         rows = min(B, n - first)
         x, y = windows.read(np.arange(first, first + rows))
-        # fill up with rows that do not count: another shape would be compiled again
+        # fill up with rows that do not count: torch would compile again for another shape
         x, y = F.pad(x, (0, 0, 0, B - rows)), F.pad(y, (0, 0, 0, B - rows), value=-1)
         with machine.autocast:
             total += model(x.to(machine.device), y.to(machine.device)).item() * rows
@@ -758,7 +759,7 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
 
     # the micro-batch: large products keep the device busy, so as many rows as fit into memory
     def fits(rows: int) -> bool:
-        if device.type != "cuda":  # where a lack of memory would end the process
+        if device.type != "cuda":  # elsewhere a lack of memory ends the process
             return rows <= PRESETS[config.preset].micro_batch_size
         fitted = hardware.fits_in_memory(model, rows, machine.autocast)
         return machine.sum(fitted) == machine.world_size  # the same answer on every rank
@@ -775,8 +776,8 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
     run = Run(
         config=config, machine=machine, model=model, ddp_model=model,
         optimizers=make_optimizers(model, config, machine),
-        # Gradients below 6e-8 are 0 in float16. The scaler multiplies the loss so that they are
-        # not, and lowers its factor when a large one overflows. bfloat16 has the range of float32.
+        # float16 has no numbers below 6e-8. The scaler multiplies the loss, so that gradients stay
+        # above, and lowers its factor when a large one overflows. bfloat16 has float32's range.
         scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16),
         train_windows=train_windows, val_windows=val_windows, data=data,
         micro_batch_size=B, compiled=compiled,
@@ -784,8 +785,8 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
     )  # fmt: skip
     if machine.world_size > 1:
         # Every rank has the whole model and its own rows. DDP starts all ranks with equal weights
-        # and averages their gradients, so the weights stay equal. With the bucket view, gradients
-        # live in the buffers that are sent: that saves 4 bytes a parameter.
+        # and averages their gradients, so the weights stay equal. With the bucket view, the average
+        # stays in the buffer that was sent and is not copied.
         run.ddp_model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     if state:
         restore(run, state)
@@ -802,12 +803,13 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     run.step, run.tokens_seen = state["step"], state["windows_seen"] * run.train_windows.block_size
     before, now = state["train_config"]["max_steps"], run.config.max_steps
     if before != now:
-        new = f"max_steps was {before}, is now {now}: the learning rate takes another course"
+        new = f"max_steps was {before}, is now {now}: the learning rates change from here on"
         run.machine.print(f"warning: {new}")
 
 
 def save(run: Run, log: RunLog) -> str:
     """Write a checkpoint; return what failed, or an empty string. All ranks must call it."""
+    # each rank has a part of Muon's momentum, and state_dict() collects the parts
     states = {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}
     if not run.machine.is_main:
         return ""
@@ -825,7 +827,7 @@ def save(run: Run, log: RunLog) -> str:
     )
     start = time.perf_counter()
     try:
-        with advice(f"continue from the checkpoint before, in {path.parent}, with --resume"):
+        with advice(f"continue from the previous checkpoint in {path.parent} with --resume"):
             checkpoint.write_checkpoint(path, state, run.config.keep_checkpoints)
     except OSError as error:  # the disk is full: next time there may be room
         return f"{path} could not be written ({error}): make room"
@@ -840,7 +842,7 @@ def save(run: Run, log: RunLog) -> str:
 def train(config: TrainConfig) -> None:
     """Train a GPT-2 until its token budget is spent or a signal asks to stop.
 
-    Raises ValueError or OSError, before the first step, for what the user has to correct.
+    Raises ValueError or OSError for what the user has to correct.
     """
     signals = collect_stop_signals()  # they end the run after a whole step, with a checkpoint
     with set_up_machine(config) as machine, contextlib.ExitStack() as stack:
@@ -848,11 +850,9 @@ def train(config: TrainConfig) -> None:
             with advice("choose another --out_dir"):  # a second run in it would damage both
                 stack.enter_context(locked(config.out_dir))
         run = prepare(config, machine)
-        done = (
-            f"{config.out_dir}: the run is finished: {run.step} steps, {run.tokens_seen:,} tokens"
-        )
         if run.finished:
-            machine.print(done)
+            spent = f"{run.step} steps, {run.tokens_seen:,} tokens"
+            machine.print(f"{config.out_dir}: the run is finished: {spent}")
         else:
             train_loop(run, signals)
         if not run.finished:
@@ -908,7 +908,7 @@ def train_loop(run: Run, signals: list[int]) -> None:
     B, T, cuda = run.micro_batch_size, model.config.block_size, machine.device.type == "cuda"
     log = open_log(run)  # rank 0 writes; on other ranks it does nothing
 
-    # How often, in steps. HellaSwag and samples need GPT-2's tokens. They are slow on a CPU.
+    # How often, in steps. HellaSwag and samples need GPT-2's tokens. HellaSwag is slow on a CPU.
     gpt2_ids = model.config.vocab_size == 50257
     hellaswag_every = {None: 250 if cuda else 0}.get(config.hellaswag_every, config.hellaswag_every)
     questions = questions_for_training(machine) if hellaswag_every and gpt2_ids else None
@@ -916,7 +916,7 @@ def train_loop(run: Run, signals: list[int]) -> None:
         "val": config.eval_every,
         "hellaswag": hellaswag_every if questions else 0,
         "sample": config.sample_every if gpt2_ids else 0,
-        "checkpoint": config.checkpoint_every,  # what a crash may cost
+        "checkpoint": config.checkpoint_every,  # a crash loses at most this many
         "stats": config.stats_every,  # how one update treats each layer
     }
     val_tokens = config.val_tokens or (10485760 if cuda else 65536)
@@ -948,22 +948,22 @@ def train_loop(run: Run, signals: list[int]) -> None:
         # once in a while, and before leaving: save everything that the next step depends on
         if "checkpoint" in due or run.finished or stopping:
             unsaved = save(run, log)
-        if unsaved and (run.finished or stopping):
-            raise OSError(f"{unsaved} and continue with --resume")  # it must not look like success
-        if unsaved:  # the older checkpoints are still there, so training may continue
-            log.say(f"warning: {unsaved}")
-        if run.finished and machine.is_main:  # and once more, for other programs
-            weights, folder = dict(model.named_parameters()), config.out_dir / "hf"
-            with advice("make room or empty that folder, then run export.py on the checkpoint"):
-                write_huggingface(plain(model.config), weights, folder)
         if run.finished or stopping:
+            if unsaved:  # this must not look like success
+                raise OSError(f"{unsaved} and continue with --resume")
+            if run.finished and machine.is_main:  # the final weights, for other programs
+                weights, folder = dict(model.named_parameters()), config.out_dir / "hf"
+                with advice("make room or empty that folder, then run export.py on the checkpoint"):
+                    write_huggingface(plain(model.config), weights, folder)
             log.close()
             return
+        if unsaved:  # the older checkpoints are still there, so training may continue
+            log.say(f"warning: {unsaved}")
 
         # one step: batch size and learning rates are those of this place in the budget
         batch_tokens = step_batch_tokens(config, run.tokens_seen)
         rates = set_learning_rates(run.optimizers, config, run.tokens_seen, batch_tokens)
-        # B is what fits into memory. The rest of the batch comes one after the other.
+        # each rank reads its part of the batch in micro-batches of B rows, one after the other
         grad_accum_steps = batch_tokens // (B * T * machine.world_size)
         watching = "stats" in due and machine.is_main  # one rank is enough: all have equal weights
         watch = LayerStats(model, run.optimizers) if watching else contextlib.nullcontext()
@@ -977,9 +977,9 @@ def train_loop(run: Run, signals: list[int]) -> None:
         except torch.OutOfMemoryError:
             smaller = f"--resume with --micro_batch_size {max(1, B // 2)}"
             raise ValueError(f"out of GPU memory in step {run.step}: {smaller}") from None
-        dt = time.perf_counter() - start  # complete: train_step has waited for the device
+        dt = time.perf_counter() - start  # train_step has waited for the backward pass
         run.tokens_seen += batch_tokens  # also of a skipped step: its data is not tried again
-        stopping = result.stop  # the same on all ranks, or some would wait for the others for ever
+        stopping = result.stop  # the same on all ranks: else some would wait forever
 
         # log it
         log_step(log, run, result, rates, batch_tokens, dt)

@@ -316,6 +316,21 @@ def test_too_many_skipped_steps_end_the_run_and_keep_the_checkpoint(
     assert read_checkpoint(tmp_path / "ckpt_000002.pt")
 
 
+def test_skipped_steps_with_good_ones_between_them_do_not_end_the_run(
+    data_dir, tmp_path, monkeypatch
+):
+    whole_loss, calls = GPT.loss, iter(range(1000))
+
+    def poisoned(self, x, targets):  # 4 micro-steps a step: steps 2, 4 and 6
+        bad = self.training and next(calls) in (8, 16, 24)
+        return whole_loss(self, x, targets) * (float("nan") if bad else 1)
+
+    monkeypatch.setattr(GPT, "loss", poisoned)
+    metrics = run_train(data_dir, tmp_path, max_skipped=2)
+    assert [m["step"] for m in metrics if m["event"] == "skip"] == [2, 4, 6]
+    assert [m["step"] for m in metrics if m["event"] == "train"] == [0, 1, 3, 5, 7, 8, 9]
+
+
 def test_running_out_of_memory_in_a_step_names_a_smaller_micro_batch(
     data_dir, tmp_path, monkeypatch
 ):

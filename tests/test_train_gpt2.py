@@ -541,6 +541,28 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(data_dir, tmp_path):
     assert before == all_files(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_ramp_tokens": 1000, "batch_ramp_start": 0},
+        {"val_tokens": 0},
+        {"max_steps": 0},
+        {"total_batch_size": 0},
+        {"micro_batch_size": 0},
+        {"block_size": 0},
+        {"max_lr": -1.0},
+        {"grad_clip": float("inf")},
+        {"beta2": 1.0},
+        {"warmup_steps": 20000},
+        {"dropout": 1.0},
+    ],
+    ids=lambda wrong: list(wrong)[-1],
+)
+def test_impossible_settings_are_refused_with_what_to_give(wrong):
+    with pytest.raises(ValueError, match="give"):
+        TrainConfig(**wrong)
+
+
 def test_the_configuration_fills_in_the_preset_once():
     config = TrainConfig(preset="gpt2-medium", n_layer=3)
     assert (config.n_layer, config.n_embd, config.max_lr) == (3, 1024, 3e-4)
