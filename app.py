@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from common.checkpoint import checkpoint_paths
 from common.cli import advice, explain, run_command
+from common.runlog import METRICS
 from sample import SampleConfig, continuations, cut_note, model_bytes, quantize
 from train_gpt2 import GPT, TrainConfig, load_model, set_up_machine
 
@@ -53,7 +54,7 @@ def validation_loss(name: str) -> float | None:
     path = Path(name)
     step = int(path.stem[5:]) if path.suffix == ".pt" and path.stem[5:].isdigit() else float("inf")
     try:
-        lines = (path.resolve().parent / "metrics.jsonl").read_text().splitlines()
+        lines = (path.resolve().parent / METRICS).read_text().splitlines()
         events = [json.loads(line) for line in lines if '"val"' in line]
     except (OSError, ValueError):
         return None

@@ -162,8 +162,8 @@ def ladder(facts: dict[str, Any]) -> tuple[list[Rung], dict[str, str]]:
         else:
             rungs.append(dataclasses.replace(rungs[-1], name=name, **change))
     compiled = "whole" if cuda and not no_compile else "no"
-    common = dict(tf32=True, autocast=True, flash=True, padded=True, largest_batch=cuda)
-    return [*rungs, Rung(name=RECIPE, compile=compiled, fused=cuda, **common)], left_out
+    shared = dict(tf32=True, autocast=True, flash=True, padded=True, largest_batch=cuda)
+    return [*rungs, Rung(name=RECIPE, compile=compiled, fused=cuda, **shared)], left_out
 
 
 def make_rung_model(rung: Rung, config: TrainConfig) -> GPT:

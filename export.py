@@ -8,10 +8,9 @@ Convert a model between our checkpoints and folders in Hugging Face format:
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tyro.conf import Positional
 
-from common.checkpoint import write_checkpoint
+from common.checkpoint import run_state, write_checkpoint
 from common.cli import advice, plain, run_command
 from common.huggingface import check_folder, write_huggingface
 from train_gpt2 import GPT, TrainConfig, load_model
@@ -49,18 +48,15 @@ def export(config: ExportConfig) -> None:
             write_huggingface(plain(model.config), dict(model.named_parameters()), target)
     except OSError as error:
         what = f"{target} could not be written ({error})"
-        raise OSError(f"{what}: make room, or give another target") from None
+        raise OSError(f"{what}: give another target, or make room") from None
     print(f"{target}: written")
 
 
 def save_checkpoint(model: GPT, source: str, target: Path) -> None:
     """Write a checkpoint of a model, to start training from with --init_from."""
-    state = dict(
-        model={name: p.detach() for name, p in model.named_parameters()},
-        optimizer={}, scaler={}, step=0, windows_seen=0,
-        model_config=plain(model.config),
-        train_config=plain(TrainConfig(init_from=source)),
-        rng=torch.get_rng_state(),
+    state = run_state(
+        model=model, optimizers={"optimizer": {}}, scaler={}, step=0, windows_seen=0,
+        model_config=plain(model.config), train_config=plain(TrainConfig(init_from=source)),
         data="",  # belongs to no data: --init_from takes this checkpoint, --resume does not
     )  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)

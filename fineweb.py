@@ -144,7 +144,7 @@ def tokenize_unit(source: Source, unit: Unit) -> tuple[np.ndarray | None, int]:
 
 
 class TokenStream:
-    """The tokens of the source from a place on, unit by unit in order, made by the workers.
+    """The tokens of the source, starting at a place, unit by unit in order, made by the workers.
 
     A place is [file number, start of a unit in this file, tokens after this start].
     """
@@ -249,10 +249,11 @@ def run_manifest(
 
 
 def tokenize(config: DataConfig) -> None:
-    """Make the shards of a source: start, carry on after a stop, or repair damaged ones."""
+    """Make the shards of a source: start, continue after a stop, or repair damaged ones."""
     folder = config.folder
     with contextlib.ExitStack() as stack:
-        with advice("choose another --out_dir"):
+        in_use = "wait until it ends, or choose another --out_dir"
+        with advice(in_use, ValueError), advice("choose another --out_dir", OSError):
             stack.enter_context(locked(folder))
         with advice(f"restore it, or delete {folder} and start again"):
             manifest, finished = read_manifest(folder)
@@ -269,7 +270,9 @@ def tokenize(config: DataConfig) -> None:
             manifest = run_manifest(config, source, manifest)
             shards = manifest["shards"]
             damaged = [i for i, shard in enumerate(shards) if shard_fault(folder, shard, False)]
-            if not finished and source.name != "pydocs":  # a few MB, counted only once made
+            if (
+                not finished and source.name != "pydocs"
+            ):  # a few MB; the size is known only when they are made
                 check_space(config, source, manifest["tokens"])
             # a pool starts its processes only when there is work
             with worker_pool(config.num_proc) as pool:
@@ -281,8 +284,9 @@ def tokenize(config: DataConfig) -> None:
             what = "a worker process died, perhaps because memory ran out"
             raise OSError(f"{what}: try a lower --num_proc") from None
         except (ConnectionError, TimeoutError) as error:
-            kept = f"{len(manifest['shards']) if manifest else 0} shards in {folder} are kept"
-            raise OSError(f"{error}, {kept}: run the same command to carry on") from None
+            done = len(manifest["shards"]) if manifest else 0
+            kept = f", {done} shards in {folder} are kept" if done else ""
+            raise OSError(f"{error}{kept}: run the same command to carry on") from None
     say(f"{folder}: finished, {manifest['tokens']:,} tokens in {len(shards)} shards")
 
 
@@ -376,7 +380,7 @@ def main() -> None:
     try:
         run_command(DataConfig, lambda config: (verify if config.verify else tokenize)(config))
     except KeyboardInterrupt:
-        print("\nstopped: the same command carries on after the last whole shard", file=sys.stderr)
+        print("\nstopped: the same command continues after the last whole shard", file=sys.stderr)
         sys.exit(130)
 
 

@@ -7,7 +7,7 @@ HellaSwag: which of four endings continues a text? (Zellers et al., 2019)
 
 A model's choice is the ending with the smallest loss: the sum over its tokens (acc), or that sum
 divided by the ending's length (acc_norm). A context is computed once for its four endings. They
-stand behind it in one row, and a mask hides them from each other. The output head is a third of the
+follow it in one row, and a mask hides them from each other. The output head is a third of the
 work, so it runs only at positions that predict a token of an ending.
 
 Shapes: B rows of a batch, T tokens of a row, N predicted tokens of a batch, C width of the model.
@@ -51,7 +51,7 @@ class HellaSwagConfig:
     model: str | None = None  # checkpoint, folder or hub name (the newest in log/, else gpt2)
     style: Style = "completion"  # harness: text and normalisation of lm-evaluation-harness
     data: Path | None = None  # file of examples (hellaswag_val.jsonl, downloaded once to a cache)
-    limit: int | None = None  # score only this many examples, the first ones
+    limit: int | None = None  # score only the first N examples
     device: Device = "auto"  # where to run
     dtype: Dtype = "auto"  # for matrix products
     out: Path | None = None  # JSON lines: one for each example, and a last one with the summary
@@ -93,11 +93,14 @@ def ensure_data(path: Path | None = None) -> Path:
             data = response.read(SIZE + 1)
         if hashlib.sha256(data).hexdigest() != SHA256:
             raise OSError("the download is damaged")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise OSError(f"HellaSwag cannot be downloaded to {path} ({reason})") from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path.parent} cannot be made ({error.strerror})") from None
+    write_atomically(path, data)
     return path
 
 

@@ -5,6 +5,7 @@ Read the numbers of a run from its metrics.jsonl and draw them:
     python plot.py log/a log/b --x hours --out ab.svg    # several runs in one picture
 """
 
+import io
 import json
 import math
 import textwrap
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tyro.conf import Positional
 
-from common.cli import run_command
-from common.files import atomic_write
+from common.cli import advice, run_command
+from common.files import write_atomically
 from common.runlog import METRICS
 
 if TYPE_CHECKING:
@@ -322,7 +323,7 @@ def format_axes(ax: "Axes", panel: Panel, x: str, positive: bool) -> None:
 def grid_cells(n_upper: int, n_lower: int) -> list[tuple[int, slice]]:
     """Return the row and the columns (of 6) of each panel.
 
-    The upper panels stand in pairs. If their number is odd, the first has a row for itself. The
+    The upper panels are in pairs. If their number is odd, the first has a row for itself. The
     lower panels share the last row.
     """
     odd = n_upper % 2
@@ -402,8 +403,11 @@ def plot(config: PlotConfig) -> Path:
         raise FileNotFoundError(f"{out.parent}: no such folder: make it, or give another --out")
     figure, missing = draw(runs, config.x)
     kind = out.suffix[1:]
-    with atomic_write(out) as file:
-        figure.savefig(file, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else {})
+    picture = io.BytesIO()
+    no_date = {"Date": None} if kind == "svg" else {}
+    figure.savefig(picture, format=kind, dpi=200, metadata=no_date)
+    with advice("make room, or give another --out"):
+        write_atomically(out, picture.getvalue())
     for run in runs:
         for what, count in run.left_out.items():
             print(f"{run.path}: left out: {count} {what}")

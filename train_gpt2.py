@@ -1,5 +1,5 @@
 """
-GPT-2 and its training, in one file. This is the outline of a run:
+GPT-2 and its training, in one file. To run it:
 
     python fineweb.py                                               # the data, once
     python train_gpt2.py                                            # on a CPU, a Mac or one GPU
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import checkpoint, hardware
-from common.cli import advice, collect_stop_signals, nearest_divisors, plain, run_command
+from common.cli import advice, collect_stop_signals, plain, run_command
 from common.files import locked
 from common.generate import sample_text
 from common.huggingface import read_huggingface, write_huggingface
@@ -96,7 +96,7 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: give a positive number")
         if self.n_embd % self.n_head:
-            near = nearest_divisors(self.n_embd, self.n_head)
+            near = hardware.nearest_divisors(self.n_embd, self.n_head)
             raise ValueError(
                 f"n_head {self.n_head} does not divide n_embd {self.n_embd}: "
                 f"give --n_head {near}, or another width"
@@ -150,7 +150,7 @@ class TrainConfig:
     dtype: hardware.Dtype = "auto"  # for matrix products
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile
     device: hardware.Device = "auto"  # where to run
-    # evaluation: before the first step, every so many steps, and after the last; 0: never
+    # evaluation: before the first step, every N steps, and after the last; 0: never
     eval_every: int = 250  # steps between validation losses
     sample_every: int = 250  # steps between text samples
     hellaswag_every: int | None = None  # steps between HellaSwag scores (250 on CUDA, else 0)
@@ -649,7 +649,8 @@ def train_step(
         dist.all_reduce(report)
     # Here the CPU waits for the device: once, for all three numbers.
     loss_sum, stops, norm = torch.cat([report, norm.view(1)]).tolist()
-    # A NaN in the weights stays there. Every rank sees the same sums, so all decide alike.
+    # A NaN in the weights stays there. Every rank sees the same sums, so all decide alike. In
+    # float16 an overflow is normal while the scaler looks for its factor; the step's data is lost.
     applied = math.isfinite(loss_sum) and math.isfinite(norm)
     for optimizer in optimizers.values():
         if applied:
@@ -723,7 +724,9 @@ def initial_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
 
 def open_windows(config: TrainConfig, T: int, vocab_size: int) -> tuple[Windows, Windows]:
     """Return the windows for training and for validation; ValueError if there are too few."""
-    with advice("make or repair the data with fineweb.py, or check --data_dir and --vocab_size"):
+    damaged = "run fineweb.py again to repair the data, or give the --vocab_size of its tokenizer"
+    missing = "make the data with fineweb.py, or check --data_dir"
+    with advice(damaged, ValueError), advice(missing, OSError):
         train, val = (Windows(config.data_dir, name, T, vocab_size) for name in ("train", "val"))
     if len(val) < 1 or len(train) * T < config.total_batch_size:
         raise ValueError(
@@ -814,17 +817,11 @@ def save(run: Run, log: RunLog) -> str:
     if not run.machine.is_main:
         return ""
     path = run.config.out_dir / f"ckpt_{run.step:06d}.pt"
-    state = dict(
-        model={name: p.detach() for name, p in run.model.named_parameters()},
-        **states,
-        scaler=run.scaler.state_dict(),
-        step=run.step,
+    state = checkpoint.run_state(
+        model=run.model, optimizers=states, scaler=run.scaler.state_dict(), step=run.step,
         windows_seen=run.tokens_seen // run.train_windows.block_size,
-        model_config=plain(run.model.config),
-        train_config=plain(run.config),
-        rng=torch.get_rng_state(),
-        data=run.data,
-    )
+        model_config=plain(run.model.config), train_config=plain(run.config), data=run.data,
+    )  # fmt: skip
     start = time.perf_counter()
     try:
         with advice(f"continue from the previous checkpoint in {path.parent} with --resume"):
@@ -847,7 +844,8 @@ def train(config: TrainConfig) -> None:
     signals = collect_stop_signals()  # they end the run after a whole step, with a checkpoint
     with set_up_machine(config) as machine, contextlib.ExitStack() as stack:
         if machine.is_main:
-            with advice("choose another --out_dir"):  # a second run in it would damage both
+            in_use = "wait until it ends, or choose another --out_dir"  # two runs would damage both
+            with advice(in_use, ValueError), advice("choose another --out_dir", OSError):
                 stack.enter_context(locked(config.out_dir))
         run = prepare(config, machine)
         if run.finished:
@@ -953,7 +951,8 @@ def train_loop(run: Run, signals: list[int]) -> None:
                 raise OSError(f"{unsaved} and continue with --resume")
             if run.finished and machine.is_main:  # the final weights, for other programs
                 weights, folder = dict(model.named_parameters()), config.out_dir / "hf"
-                with advice("make room or empty that folder, then run export.py on the checkpoint"):
+                what_to_do = f"make room, or empty {folder}, then run export.py on the checkpoint"
+                with advice(what_to_do):
                     write_huggingface(plain(model.config), weights, folder)
             log.close()
             return

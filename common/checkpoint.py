@@ -1,4 +1,4 @@
-"""A run's state on disk: written whole or not at all, and checked before it is used."""
+"""A run's state on disk: its format, written whole or not at all, and checked before it is used."""
 
 import zipfile
 from collections.abc import Callable
@@ -6,8 +6,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 
 from common.files import atomic_write
+
+RUN_KEYS = (
+    "optimizer",
+    "scaler",
+    "step",
+    "windows_seen",
+    "train_config",
+    "rng",
+    "data",
+)  # to resume
+
+
+def run_state(
+    *,
+    model: nn.Module,
+    optimizers: dict[str, dict],
+    scaler: dict,
+    step: int,
+    windows_seen: int,
+    model_config: dict[str, Any],
+    train_config: dict[str, Any],
+    data: str,
+) -> dict[str, Any]:
+    """Return what a checkpoint holds: a dict of tensors and plain types.
+
+    `model` has the float32 parameters under Hugging Face's names, the tied matrix once. Each
+    optimizer has its own key ("optimizer" for AdamW, "muon"). `step` counts updates, `windows_seen`
+    the rows trained on. `data` is the fingerprint of the shards, `rng` torch's generator (CPU).
+    """
+    return dict(
+        model={name: p.detach() for name, p in model.named_parameters()},
+        **optimizers,
+        scaler=scaler,
+        step=step,
+        windows_seen=windows_seen,
+        model_config=model_config,
+        train_config=train_config,
+        rng=torch.get_rng_state(),
+        data=data,
+    )
 
 
 def checkpoint_paths(out_dir: Path) -> list[Path]:
@@ -36,11 +77,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(out_dir: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Return the newest checkpoint that is whole, or None if there are no checkpoints."""
+    """Return the newest checkpoint from which a run can continue; None if there is none at all."""
     paths = checkpoint_paths(out_dir)
     for path in paths:
         try:
-            return read_checkpoint(path)
+            state = read_checkpoint(path)
+            if missing := sorted({*RUN_KEYS} - state.keys()):
+                raise ValueError(f"{path}: not the checkpoint of a run (no {missing[0]})")
+            return state
         except ValueError as error:
             say(f"warning: {error}: trying the one before")
     if paths:
@@ -75,12 +119,17 @@ def build_model(
     An embedding without padding gets it. Raises ValueError that names what is missing or differs.
     """
     try:
-        config = config_class(**model_config)
+        try:
+            config = config_class(**model_config)
+        except ValueError as error:  # less its advice, which is for flags
+            raise ValueError(str(error).split(": give")[0]) from None
         weights = {name: weight.float() for name, weight in weights.items()}
         wte = weights.get("transformer.wte.weight", torch.empty(0, 0))
         head = weights.pop("lm_head.weight", wte)
         if head is not wte and not torch.equal(head, wte):
-            raise ValueError("lm_head.weight is not the token embedding, as it is in GPT-2")
+            raise ValueError(
+                "lm_head.weight differs from the token embedding: in GPT-2 they are one"
+            )
         if len(wte) == config.vocab_size < config.padded_vocab_size:
             # Not zeros: GPT-2's logits lie around -30 to -100, where a logit of 0 would take all
             # the probability. The logit of the mean row is the mean logit, and exp(mean) is at most
@@ -120,7 +169,7 @@ def check_shapes(weights: dict[str, torch.Tensor], shapes: dict[str, tuple[int, 
 
 # These settings must be the same to resume a run: a change in one of them makes it another run. The
 # machine, the precision and how often something is logged may change.
-RUN_IS = (
+SAME_IN_ONE_RUN = (
     "seed", "shuffle", "total_batch_size", "batch_ramp_tokens", "batch_ramp_start", "optimizer",
     "max_lr", "warmup_steps", "schedule", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps",
     "muon_lr", "muon_momentum", "grad_clip",
@@ -132,7 +181,9 @@ def check_same_run(state: dict[str, Any], train_config: dict[str, Any], data: st
 
     `train_config` holds this run's settings (None: not given), `data` the fingerprint of its data.
     """
-    pairs = {name: (state["train_config"].get(name), train_config[name]) for name in RUN_IS}
+    pairs = {
+        name: (state["train_config"].get(name), train_config[name]) for name in SAME_IN_ONE_RUN
+    }
     for name, value in state["model_config"].items():
         if train_config.get(name) is not None:
             pairs[name] = (value, train_config[name])

@@ -50,27 +50,32 @@ def run_command(config_class: type[Config], run: Callable[[Config], None]) -> No
 def boxed_message(box: str) -> str:
     """Return the message in a box of tyro as one line, without title, frame, hints and footer."""
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    # a rule ends the message; if stdout is not UTF-8, rules are made of "-" and one precedes it
+    # A line of ─ ends the message. If stdout is not UTF-8, tyro draws with - and puts such a line
+    # before the message too.
     runs = itertools.groupby(lines, key=lambda line: bool(line.strip("─-╰╯")))
     return " ".join(next((run for is_text, run in runs if is_text), ()))
 
 
 @contextlib.contextmanager
-def advice(what_to_do: str) -> Iterator[None]:
-    """Add what to do to a ValueError or OSError from the block.
+def advice(
+    what_to_do: str, kinds: type[Exception] | tuple[type[Exception], ...] = (ValueError, OSError)
+) -> Iterator[None]:
+    """Add what to do to an error of these kinds from the block.
 
     Code in common/ says what failed. Only the command knows what its user can do about it.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         error.add_note(what_to_do)
         raise
 
 
 def explain(error: Exception) -> str:
     """Return an error's message, then the advice that the command added, each text once."""
-    return ": ".join(dict.fromkeys([str(error), *getattr(error, "__notes__", [])]))
+    notes = getattr(error, "__notes__", [])
+    message = str(error).rstrip(". ") if notes else str(error)
+    return ": ".join(dict.fromkeys([message, *notes]))
 
 
 def fail(script: str, message: str) -> NoReturn:
@@ -78,12 +83,6 @@ def fail(script: str, message: str) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
-
-
-def nearest_divisors(number: int, wanted: int) -> str:
-    """Return up to three divisors of a number close to a wanted one, to propose in an error."""
-    divisors = [n for n in range(1, min(number, 4 * wanted) + 1) if number % n == 0]
-    return " or ".join(map(str, sorted(divisors, key=lambda n: abs(n - wanted))[:3]))
 
 
 def plain(config: Any) -> dict[str, Any]:

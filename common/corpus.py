@@ -203,7 +203,9 @@ def json_texts(file: BinaryIO, field: str, unit: Unit) -> Iterator[str | None]:
     at = unit.start
     if unit.lines is None:
         if isinstance(file, io.BufferedReader) and isinstance(file.raw, HubFile):
-            file.raw.fetch(max(0, at - 1), unit.stop + (1 << 16))  # most last lines end in 64 KiB
+            file.raw.fetch(
+                max(0, at - 1), unit.stop + (1 << 16)
+            )  # most last lines end within 64 KiB
         if at:  # a line that begins before `start` belongs to the unit before
             file.seek(at - 1)
             at += len(file.readline()) - 1
@@ -249,7 +251,7 @@ class ParquetText:
             first, last = self.chunks[groups[0]], self.chunks[groups[-1]]
             begin, end = (c.dictionary_page_offset or c.data_page_offset for c in (first, last))
             if (end := end + last.total_compressed_size) - begin < BIG_ROW_GROUP:
-                self.raw.raw.fetch(begin, end)  # with the other columns: most bytes are text
+                self.raw.raw.fetch(begin, end)  # fetches all columns: most bytes are text
         for batch in self.file.iter_batches(256, groups, [self.source.text_column]):
             rows = batch.column(0)[max(0, start - row) : max(0, stop - row)]
             row += len(batch)
@@ -285,7 +287,7 @@ class ParquetText:
             yield unit(rows)
 
 
-# a worker's next unit is mostly in the same file
+# a worker's next unit is usually in the same file
 open_parquet = functools.lru_cache(maxsize=1)(ParquetText)
 
 

@@ -34,14 +34,13 @@ def take_lock(folder: Path) -> BinaryIO:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
-        what = f"{folder} is in use by another run ({error.strerror})"
-        raise ValueError(f"{what}, which must end first") from None
+        raise ValueError(f"{folder} is in use by another run ({error.strerror})") from None
     return lock
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock on a folder; then remove the lock file and the new folders that stayed empty.
+    """Hold the lock on a folder. Then remove the lock file, and new folders that stayed empty.
 
     Deletes the unfinished files of a killed process. While the lock is held, no other process
     writes them.

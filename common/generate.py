@@ -19,8 +19,8 @@ class LayerCache:
     """The keys and values of one layer for all tokens so far (the KV cache).
 
     Attention is causal: a new token does not change what earlier tokens have computed. The new
-    query needs their keys and values, so these are kept. One token then costs one position, where
-    it would cost the whole text again. In float32, GPT-2 124M keeps 74 KB a token.
+    query needs their keys and values, so these are kept. A new token then costs one
+    position instead of the whole text. In float32, GPT-2 124M keeps 74 KB a token.
     """
 
     def __init__(self, room: int):
@@ -71,7 +71,7 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Yield the next token id of every sample; None for a sample that has ended.
 
-    <|endoftext|> ends a sample. It also replaces an empty prompt, because it stands before every
+    <|endoftext|> ends a sample. It also replaces an empty prompt, because it comes before every
     document in training. If the prompt is longer than the context, only its end is read. Raises
     ValueError if a token of the prompt is not in the model's vocabulary.
     """
@@ -89,7 +89,7 @@ def stream(
     caches: list[LayerCache] = []
     for _ in range(max_new_tokens):
         if caches and caches[0].used == context:
-            # The context is full, and there is no vector for a further position. To drop only the
+            # The context is full, and there is no vector for a further position. Dropping only the
             # oldest token would move all others to new positions: their keys and values would be
             # wrong, and every token would cost a whole context. So drop the oldest half and read
             # the newest half again: one extra position a token, on average.
@@ -110,7 +110,7 @@ def stream(
         yield [None if end else id for id, end in zip(choice.tolist(), ended.tolist(), strict=True)]
         if ended.all():
             return
-        # A sample that has ended is computed further, and not shown: the others need the batch.
+        # An ended sample stays in the batch, because the others need it. It is not shown.
         new = choice[:, None]  # (B, 1)
         idx = torch.cat([idx[:, -context:], new], dim=1)
 

@@ -15,8 +15,6 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from common.cli import nearest_divisors
-
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -198,6 +196,12 @@ def choose_micro_batch_size(
     return size
 
 
+def nearest_divisors(number: int, wanted: int) -> str:
+    """Return up to three divisors of a number close to a wanted one, to propose in an error."""
+    divisors = [n for n in range(1, min(number, 4 * wanted) + 1) if number % n == 0]
+    return " or ".join(map(str, sorted(divisors, key=lambda n: abs(n - wanted))[:3]))
+
+
 def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
     """Return the largest power of two that divides `rows` and that `fits`."""
     size = rows & -rows  # the largest power of two that divides it
@@ -207,7 +211,7 @@ def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
 
 
 def fits_in_memory(model: nn.Module, rows: int, autocast: torch.autocast) -> bool:
-    """Return whether a forward and backward pass of so many rows fits into GPU memory.
+    """Return whether a forward and backward pass of `rows` rows fits into GPU memory.
 
     The pass is not compiled: compiling would take longer. It leaves no gradients.
     """

@@ -38,7 +38,7 @@ ONLY = {  # settings in which relatives of GPT-2 differ, and the one value that 
 # reading
 
 
-def find_files(name_or_path: str) -> tuple[Path, Path]:
+def find_model_files(name_or_path: str) -> tuple[Path, Path]:
     """Return the config.json and the model.safetensors of a local folder or a hub name."""
     names = ("config.json", "model.safetensors")
     folder = Path(name_or_path)
@@ -103,7 +103,7 @@ def read_huggingface(name_or_path: str) -> tuple[dict[str, int], dict[str, torch
     """
     import safetensors
 
-    config_path, path = find_files(name_or_path)
+    config_path, path = find_model_files(name_or_path)
     sizes = read_config(config_path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:

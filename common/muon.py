@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Muon):
-    """Muon (Jordan et al., 2024) for some matrices; the arguments are those of one rank.
+    """Muon (Jordan et al., 2024) for a list of matrices, on one rank of several.
 
     It replaces the averaged gradient of a matrix by the nearest orthogonal matrix, so that all
     directions move equally, scaled to the size of AdamW's updates (Liu et al., 2025, section 2.2).

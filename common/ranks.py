@@ -20,7 +20,7 @@ def local_device(kind: str) -> torch.device:
 
 @contextlib.contextmanager
 def join_ranks(kind: str, timeout_minutes: float) -> Iterator[tuple[int, int]]:
-    """Join the other ranks, as torchrun's environment says; give rank and world size: (0, 1) alone.
+    """Join the other ranks and yield rank and world size. Without torchrun they are 0 and 1.
 
     A collective operation that takes longer than `timeout_minutes` ends the process.
     """
@@ -29,9 +29,8 @@ def join_ranks(kind: str, timeout_minutes: float) -> Iterator[tuple[int, int]]:
         return
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    if (
-        os.environ.get("GROUP_WORLD_SIZE") == "1"
-    ):  # or restarted ranks find the old ranks' addresses
+    # restarted ranks would otherwise find the addresses of the old ranks
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",

@@ -116,7 +116,7 @@ def software() -> dict[str, Any]:
 def check_installed(package: str) -> None:
     """Raise ValueError if the package that the flag of the same name needs is missing."""
     spec = importlib.util.find_spec(package)
-    # a mere folder of that name (wandb makes one for its files) has a spec too, but no origin
+    # a plain folder of that name (wandb makes one for its files) has a spec too, but no origin
     if spec is None or spec.origin is None:
         raise ValueError(f"--{package}: the package is not installed: pip install {package}")
 
@@ -322,8 +322,8 @@ class WeightsAndBiases:
             )  # fmt: skip
         except wandb.errors.Error as error:
             what = str(error).splitlines()[0]
-            advice = "run `wandb login` or set WANDB_MODE=offline"
-            raise ValueError(f"--wandb: {what}: {advice}") from None
+            what_to_do = "run `wandb login` or set WANDB_MODE=offline"
+            raise ValueError(f"--wandb: {what}: {what_to_do}") from None
         # wandb's own step counter never goes back, but the step of a resumed run does
         self.run.define_metric("*", step_metric="step")
 

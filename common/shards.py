@@ -40,7 +40,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> str:
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, bool]:
-    """Return the folder's manifest (None: it has none), and whether it is finished.
+    """Return the folder's manifest, or None, and whether it is finished.
 
     Raises ValueError if the manifest is not JSON.
     """
@@ -55,7 +55,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, bool]:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], finished: bool = False) -> None:
-    """Write the manifest with the sum of its tokens; a finished one gets its final name."""
+    """Write the manifest, with the sum of its tokens. A finished one gets its final name."""
     manifest["tokens"] = sum(shard["tokens"] for shard in manifest["shards"])
     write_atomically(folder / PARTIAL, (json.dumps(manifest, indent=1) + "\n").encode())
     if finished:
@@ -63,7 +63,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any], finished: bool = Fals
 
 
 def shard_fault(folder: Path, shard: dict[str, Any], thorough: bool = True) -> str | None:
-    """Return what is wrong with a shard on disk, or None; not `thorough`: check only its length.
+    """Return what is wrong with a shard on disk, or None. If not `thorough`, check only its length.
 
     `shard` is its entry in the manifest.
     """

@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     import tiktoken
 
-EOT = 50256  # <|endoftext|>, the largest id; it stands before every document
+EOT = 50256  # <|endoftext|>, the largest id; it comes before every document
 
 RANKS_PATH = Path(__file__).parent.parent / "assets" / "gpt2.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"

@@ -29,7 +29,7 @@ def worker_pool(num_proc: int) -> Iterator[Executor]:
 
 
 def start_worker() -> None:
-    """Ignore Ctrl-C, which the main process handles; end when it ends, even by kill -9."""
+    """Ignore Ctrl-C, which the main process handles. End when it ends, even if it is killed."""
     import multiprocessing
     import threading
 

@@ -95,7 +95,7 @@ def losses(metrics: list[dict]) -> list[tuple]:
 
 
 def all_files(folder: Path) -> dict[Path, bytes]:
-    """What lies in a folder and below, to show that nothing of it was touched."""
+    """All files below a folder, to show that nothing has changed."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -111,7 +111,7 @@ def flags(**values) -> list[str]:
 
 
 def command(script: str, *args: str, ranks: int = 0, launcher: tuple[str, ...] = ()) -> list[str]:
-    """The command line of a script: python, or torchrun with so many ranks."""
+    """The command line of a script: python, or torchrun with this many ranks."""
     if ranks:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         return [sys.executable, *torchrun, *launcher, script, *args]

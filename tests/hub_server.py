@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on loopback, with faults on demand.
+"""A stand-in for the Hugging Face hub on loopback, and to produce faults.
 
 It answers only the requests that `datasets` and `huggingface_hub` make to find and read a data set.
 """

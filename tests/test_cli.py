@@ -99,7 +99,7 @@ def test_explain_gives_the_message_before_the_advice():
 
 
 @pytest.mark.parametrize("kind", [KeyError, RuntimeError, KeyboardInterrupt, SystemExit])
-def test_other_exceptions_pass_untouched(monkeypatch, kind):
+def test_bugs_keep_their_traceback(monkeypatch, kind):
     raised = kind("a bug")
 
     def run(config: Config) -> None:

@@ -94,7 +94,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     fill_disk()
     with pytest.raises(OSError, match=rf"{target.name} could not be written .*File too large") as e:
         export(ExportConfig(source=str(source), target=target))
-    assert str(e.value).endswith(": make room, or give another target")
+    assert str(e.value).endswith(": give another target, or make room")
     assert all_files(tmp_path) == before
 
 

@@ -100,7 +100,7 @@ def kill_until_finished(data_dir, out_dir, kills: int, settings: dict) -> None:
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_it_goes_on_and_logs_every_step_once(data_dir, tmp_path, kills):
+def test_killed_at_any_moment_it_continues_and_logs_every_step_once(data_dir, tmp_path, kills):
     settings = dict(max_steps=100 + 40 * kills, checkpoint_every=5, eval_every=50)
     undisturbed = run_train(
         data_dir, tmp_path / "undisturbed", **{**settings, "checkpoint_every": 0}
@@ -193,7 +193,7 @@ def two_ranks(data_dir, tmp_path_factory) -> Path:
     return folder
 
 
-def test_two_ranks_resume_bit_for_bit_and_one_goes_on_from_two(data_dir, two_ranks, tmp_path):
+def test_two_ranks_resume_bit_for_bit_and_one_continues_from_two(data_dir, two_ranks, tmp_path):
     whole, end = losses(read_metrics(two_ranks)), read_checkpoint(two_ranks / "ckpt_000060.pt")
     shutil.copy(two_ranks / "ckpt_000054.pt", tmp_path)
     shutil.copy(two_ranks / "metrics.jsonl", tmp_path)

@@ -105,7 +105,7 @@ def test_locked_says_only_what_failed(tmp_path):
         with pytest.raises(ValueError, match="in use by another run") as error, locked(tmp_path):
             pass
         reason = os.strerror(errno.EAGAIN)
-        text = f" is in use by another run ({reason}), which must end first"
+        text = f" is in use by another run ({reason})"
         assert message(error, tmp_path) == text
         assert (tmp_path / ".lock").exists(), "the one who was refused must leave the lock alone"
 

@@ -366,7 +366,7 @@ def test_no_network_says_what_to_do(web, error):
         hellaswag.evaluate(HellaSwagConfig(), CPU, None)
 
 
-def test_training_goes_on_without_the_data_and_says_so_once(web, data, capsys):
+def test_training_continues_without_the_data_and_says_so_once(web, data, capsys):
     web.error = TimeoutError("timed out")
     machines = [Machine(CPU.device, CPU.dtype, rank) for rank in (0, 1)]
     assert hellaswag.questions_for_training(machines[0]) is None

@@ -1,4 +1,4 @@
-"""common/hub.py: data from the hub arrives whole, whatever the hub does; a stand-in serves it."""
+"""common/hub.py: data from the hub arrives complete, also if the hub fails."""
 
 import gzip
 import json
@@ -91,6 +91,8 @@ def test_hub_data_is_streamed_at_a_pinned_revision(hub, tmp_path):
         "sample/10BT/001.parquet",
     ]
     assert "Bearer hf_secret" in hub.tokens
+    reads = [path for _, path, wanted in hub.requests if wanted and "/resolve/" in path]
+    assert reads and all(f"/resolve/{REVISION}/" in path for path in reads)
     home = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
     assert home  # the card of the data set
     assert sum(path.stat().st_size for path in home) < 5000  # and no text

@@ -1,4 +1,4 @@
-"""The README and docs/ name only what exists. `python tests/test_readme.py` mends line numbers."""
+"""The pages name only what exists. `python tests/test_readme.py` corrects line numbers."""
 
 import dataclasses
 import re
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES += sorted(ROOT.glob("benchmarks/*.md"))
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+)(?:#L(\d+))?\)")
 CONFIGS = {
     "train_gpt2.py": "TrainConfig",
@@ -44,7 +45,7 @@ def test_links_lead_to_what_they_name(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_use_flags_that_there_are(page):
+def test_commands_use_only_existing_flags(page):
     text = re.sub(r" \\\n\s*", " ", page.read_text())
     commands = re.findall(r"^(?:\S*python|torchrun) .*$", text, re.MULTILINE)
     commands += re.findall(r"`((?:python|torchrun) [^`]*)`", text.replace("\n", " "))
@@ -62,7 +63,7 @@ def test_commands_use_flags_that_there_are(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_tests_and_targets_that_are_named_exist(page):
+def test_named_tests_and_targets_exist(page):
     text = page.read_text()
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
     for name in re.findall(r"`(test_\w+)`", text):
@@ -73,7 +74,7 @@ def test_tests_and_targets_that_are_named_exist(page):
             assert re.search(rf"^{target}:", targets, re.MULTILINE), target
 
 
-def mend(page: Path) -> None:
+def correct_links(page: Path) -> None:
     def numbered(match: re.Match) -> str:
         text, target, line = match.groups()
         if not line:
@@ -85,5 +86,5 @@ def mend(page: Path) -> None:
 
 if __name__ == "__main__":
     for each in PAGES:
-        mend(each)
+        correct_links(each)
     sys.exit()

@@ -137,7 +137,7 @@ def test_targets_of_minus_one_do_not_count(small_model):
     torch.testing.assert_close(small_model(idx, targets), expected)
 
 
-def test_one_batch_is_learnt_by_heart(small_model):
+def test_one_batch_can_be_overfitted(small_model):
     x, y = torch.randint(0, 300, (2, 4, 16))
     optimizers = {"optimizer": torch.optim.AdamW(small_model.parameters(), lr=1e-2)}
     for _ in range(100):
@@ -145,7 +145,7 @@ def test_one_batch_is_learnt_by_heart(small_model):
     assert result.loss < 0.1
 
 
-def test_every_preset_builds_and_names_no_ugly_dimension_but_known_ones():
+def test_every_preset_builds_and_has_sizes_that_suit_a_gpu():
     for name, preset in PRESETS.items():
         config = TrainConfig(preset=name)
         assert config.model_config().n_embd == preset.n_embd
@@ -420,7 +420,7 @@ def test_a_float16_step_that_overflows_is_not_applied_and_lowers_the_scale(small
     assert not torch.equal(gain, before)
 
 
-def test_validation_is_the_exact_mean_whatever_the_batch(small_model, data_dir):
+def test_validation_is_the_exact_mean_for_every_batch_size(small_model, data_dir):
     windows = Windows(data_dir, "val", 16, 300)
     x, y = windows.read(np.arange(37))
     with torch.no_grad():
@@ -444,6 +444,21 @@ def test_validation_is_without_dropout_and_training_with_it(small_model, data_di
 
 # -----------------------------------------------------------------------------
 # choices made for the user
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_step_of_a_run_has_the_rate_of_its_place_in_the_budget(data_dir, tmp_path, optimizer):
+    changes = dict(optimizer=optimizer, muon_lr=1e-2, warmup_steps=4, batch_ramp_tokens=1000)
+    metrics = run_train(data_dir, tmp_path, batch_ramp_start=128, **changes)
+    config, seen = TrainConfig(**{**RUN, **changes}, batch_ramp_start=128), 0
+    for m in (m for m in metrics if m["event"] == "train"):
+        batch = step_batch_tokens(config, seen)
+        assert m["lr"] == learning_rate(config, seen, batch, config.max_lr)
+        if optimizer == "muon":
+            assert m["muon_lr"] == learning_rate(config, seen, batch, 1e-2)
+        seen += batch
+        assert (m["batch_tokens"], m["tokens_seen"]) == (batch, seen)
+    assert seen == config.budget
 
 
 @pytest.mark.parametrize(("val_tokens", "windows"), [(512, 32), (1, 1), (10**6, 62)])
