@@ -211,7 +211,7 @@ def check_space(config: DataConfig, source: Source, done: int) -> None:
     This is an estimate: FineWeb-Edu has 0.35 tokens per byte of parquet, English text has 0.25
     tokens per byte.
     """
-    ratios = {".parquet": 0.35, "gzip": 0.75, "zstd": 0.75}
+    ratios = {"parquet": 0.35, "gzip": 0.75, "zstd": 0.75}
     tokens = 0.0
     for path, size in source.files:
         kind, compression = file_kind(path)

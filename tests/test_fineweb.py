@@ -36,7 +36,7 @@ from data_helpers import (
 
 import fineweb
 from common import shards
-from common.corpus import find_files, source_units
+from common.corpus import Source, find_files, source_units
 from common.files import locked
 from common.tokenizer import EOT, encode, get_tokenizer
 from common.workers import worker_pool
@@ -350,6 +350,20 @@ def test_a_disk_that_is_too_small_is_refused_before_work(jsonl, tmp_path, monkey
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("a.parquet", 350), ("a.txt", 250), ("a.jsonl", 250), ("a.jsonl.gz", 750), ("a.txt.zst", 750)],
+)
+def test_the_space_needed_is_estimated_by_the_kind_of_file(tmp_path, capsys, name, tokens):
+    files = ((name, 10_000_000_000), (name, 10_000_000_000))
+    source = Source(name="local", revision="", files=files)
+    config = fineweb.DataConfig(out_dir=tmp_path, max_tokens=None)
+    with contextlib.suppress(OSError):  # this disk may be too small for it
+        fineweb.check_space(config, source, done=1_000_000_000)
+    gigabytes = 2 * (20 * tokens / 1000 - 1)  # uint16, less what is done
+    assert f"about {gigabytes:.2f} GB to write" in capsys.readouterr().out
+
+
 def test_a_dead_worker_is_one_line_that_names_num_proc(tmp_path, monkeypatch, threads, main_badly):
     def die(*_: object) -> None:
         raise BrokenProcessPool("a process in the pool was terminated abruptly")
@@ -371,7 +385,7 @@ def test_a_hub_that_never_answers_is_one_line_that_says_how_to_carry_on(
     monkeypatch.setattr(fineweb, "find_source", stay_away)
     error = main_badly("--out_dir", tmp_path / "o")
     assert "the hub does not answer: run the same command" in error
-    assert error.endswith(" are kept: run the same command to carry on")
+    assert error.endswith(": run the same command to carry on")
 
 
 @pytest.mark.parametrize("flags", [[], ["--verify"]])
