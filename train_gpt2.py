@@ -281,7 +281,7 @@ class GPT(nn.Module):
         self.config = config
         parts = dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),  # what a token means
-            wpe=nn.Embedding(config.block_size, config.n_embd),  # where it stands: learned as well
+            wpe=nn.Embedding(config.block_size, config.n_embd),  # where it is: learned too
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd),  # the stream has grown with every block
@@ -511,7 +511,7 @@ def make_optimizers(model: GPT, config: TrainConfig, machine: "Machine") -> dict
 def step_batch_tokens(config: TrainConfig, tokens_seen: int) -> int:
     """Return the tokens of the step that starts at `tokens_seen`: the ramp, cut at the budget.
 
-    At first all examples give similar gradients, so a small batch is enough (GPT-3 paper, B).
+    At first all examples give similar gradients: a few are enough. (GPT-3 paper, appendix B.)
     """
     batch = config.total_batch_size
     if tokens_seen < config.batch_ramp_tokens:
@@ -908,7 +908,8 @@ def train_loop(run: Run, signals: list[int]) -> None:
 
     # How often, in steps. HellaSwag and samples need GPT-2's tokens. HellaSwag is slow on a CPU.
     gpt2_ids = model.config.vocab_size == 50257
-    hellaswag_every = {None: 250 if cuda else 0}.get(config.hellaswag_every, config.hellaswag_every)
+    default = 250 if cuda else 0
+    hellaswag_every = default if config.hellaswag_every is None else config.hellaswag_every
     questions = questions_for_training(machine) if hellaswag_every and gpt2_ids else None
     every = {
         "val": config.eval_every,
@@ -951,8 +952,7 @@ def train_loop(run: Run, signals: list[int]) -> None:
                 raise OSError(f"{unsaved} and continue with --resume")
             if run.finished and machine.is_main:  # the final weights, for other programs
                 weights, folder = dict(model.named_parameters()), config.out_dir / "hf"
-                what_to_do = f"make room, or empty {folder}, then run export.py on the checkpoint"
-                with advice(what_to_do):
+                with advice(f"make room, or empty {folder}, then run export.py"):
                     write_huggingface(plain(model.config), weights, folder)
             log.close()
             return
