@@ -198,7 +198,8 @@ def choose_micro_batch_size(
 
 def nearest_divisors(number: int, wanted: int) -> str:
     """Return up to three divisors of a number close to a wanted one, to propose in an error."""
-    divisors = [n for n in range(1, min(number, 4 * wanted) + 1) if number % n == 0]
+    most = min(number, 4 * wanted, 1 << 16)  # a damaged file may ask for a billion heads
+    divisors = [n for n in range(1, most + 1) if number % n == 0]
     return " or ".join(map(str, sorted(divisors, key=lambda n: abs(n - wanted))[:3]))
 
 

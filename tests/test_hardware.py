@@ -219,6 +219,27 @@ def test_the_peak_of_a_gpu_is_its_data_sheets_or_unknown(monkeypatch, name, tflo
     assert hardware.peak_flops(CPU) is None and hardware.peak_flops(MPS) is None
 
 
+def test_mfu_is_the_part_of_all_ranks_peak_or_unknown(monkeypatch):
+    assert hardware.mfu(1e12, 2.0, torch.device("cpu")) is None
+    monkeypatch.setattr(hardware, "peak_flops", lambda device: 4e12)
+    assert hardware.mfu(1e12, 2.0, torch.device("cuda")) == 0.125
+    assert hardware.mfu(1e12, 2.0, torch.device("cuda"), world_size=8) == 0.125 / 8
+
+
+@pytest.mark.parametrize(
+    ("number", "wanted", "expected"),
+    [
+        (32, 3, "2 or 4 or 1"),
+        (512, 5, "4 or 2 or 8"),
+        (7919, 2, "1"),
+        (10**15, 7, "8 or 5 or 4"),
+        (10**15, 10**9 + 7, "64000 or 62500 or 51200"),
+    ],
+)
+def test_the_divisors_proposed_are_the_nearest_and_quickly_found(number, wanted, expected):
+    assert hardware.nearest_divisors(number, wanted) == expected
+
+
 def test_flops_per_token_are_those_of_the_palm_paper():
     # 860 MFLOP a token is what speeds of GPT-2 124M are reported with
     assert round(hardware.flops_per_token(124_475_904, 12, 768, 1024) / 1e6) == 860
