@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import hardware
-from train_gpt2 import GPT, PRESETS, Machine
+from train_gpt2 import PRESETS, Machine
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 
@@ -162,15 +162,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_values_that_do():
         hardware.choose_micro_batch_size(64, 32768, 1024, 1, bool, ramp)
 
 
-def test_rows_that_exceed_memory_do_not_fit_and_leave_no_gradients(monkeypatch, small_model):
-    whole_loss = GPT.loss
-
-    def limited(self, x, targets):  # a device with memory for four rows
-        if len(x) > 4:
-            raise torch.OutOfMemoryError("out of memory")
-        return whole_loss(self, x, targets)
-
-    monkeypatch.setattr(GPT, "loss", limited)
+def test_rows_that_exceed_memory_do_not_fit_and_leave_no_gradients(four_rows_fit, small_model):
     autocast = Machine(CPU, torch.float32).autocast
     assert not hardware.fits_in_memory(small_model, 8, autocast)
     assert hardware.fits_in_memory(small_model, 4, autocast)
