@@ -66,7 +66,7 @@ def describe(name: str, model: GPT) -> str:
     """Return the text on top of the page: name, size, validation loss."""
     config, loss = model.config, validation_loss(name)
     padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
-    size = sum(p.numel() for p in model.parameters()) - padding
+    size = model.n_params - padding
     facts = [
         f"{size / 1e6:.0f}M parameters" if size >= 1e7 else f"{size / 1e6:.1f}M parameters",
         f"{config.n_layer} layers of width {config.n_embd}",

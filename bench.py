@@ -230,7 +230,7 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
         if not rung.autocast:
             machine = dataclasses.replace(machine, dtype=torch.float32)
         model = make_rung_model(rung, train_config).to(device).train()
-        T, n_params = model.config.block_size, sum(p.numel() for p in model.parameters())
+        T = model.config.block_size
         B = config.micro_batch_size or (16 if cuda else 2)
         preset = train_gpt2.PRESETS[config.preset]
         accum = config.grad_accum_steps or (
@@ -267,7 +267,7 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
             seconds.append(time.perf_counter() - start)
             cpu_seconds.append(time.process_time() - cpu_start)
         peak, size = hardware.peak_flops(device), model.config
-        token_flops = hardware.flops_per_token(n_params, size.n_layer, size.n_embd, T)
+        token_flops = hardware.flops_per_token(model.n_params, size.n_layer, size.n_embd, T)
         return {
             "compiled": rung.compile != "no",
             "first_step": seconds[0],

@@ -134,6 +134,12 @@ def test_the_newest_whole_checkpoint_is_read_and_damaged_ones_are_named(tmp_path
     for step in (1, 2, 3):
         write_checkpoint(tmp_path / f"ckpt_{step}.pt", {**STATE, "step": step}, keep=0)
     assert newest_checkpoint(tmp_path, said.append)["step"] == 3 and said == []
+    for name in RUN_KEYS:  # weights alone are a model, but no run can continue from them
+        state = {key: value for key, value in STATE.items() if key != name}
+        write_checkpoint(tmp_path / "ckpt_4.pt", state, keep=0)
+        assert newest_checkpoint(tmp_path, said.append)["step"] == 3
+        assert f"ckpt_4.pt: not the checkpoint of a run (no {name})" in said.pop()
+    (tmp_path / "ckpt_4.pt").unlink()
     (tmp_path / "ckpt_3.pt").write_bytes(b"")
     assert newest_checkpoint(tmp_path, said.append)["step"] == 2
     assert len(said) == 1 and "ckpt_3.pt: not a whole checkpoint" in said[0]

@@ -91,6 +91,28 @@ def test_the_same_advice_never_appears_twice(error_of):
     assert error_of(run) == "script.py: error: disk is full: make room: or stop\n"
 
 
+def test_advice_can_depend_on_the_kind_of_error(error_of):
+    def run_with(error: Exception) -> Callable[[Config], None]:
+        def run(config: Config) -> None:
+            with advice("wait", ValueError), advice("choose another", OSError):
+                raise error
+
+        return run
+
+    assert error_of(run_with(ValueError("in use"))) == "script.py: error: in use: wait\n"
+    assert (
+        error_of(run_with(FileNotFoundError("gone"))) == "script.py: error: gone: choose another\n"
+    )
+
+
+def test_a_full_stop_before_the_advice_is_dropped(error_of):
+    def run(config: Config) -> None:
+        with advice("give another"):
+            raise OSError("The port is in use.")
+
+    assert error_of(run) == "script.py: error: The port is in use: give another\n"
+
+
 def test_explain_gives_the_message_before_the_advice():
     error = ValueError("damaged")
     assert explain(error) == "damaged"

@@ -366,6 +366,15 @@ def test_no_network_says_what_to_do(web, error):
         hellaswag.evaluate(HellaSwagConfig(), CPU, None)
 
 
+def test_a_cache_that_cannot_be_written_is_not_called_a_failed_download(web, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match=r"(?s)cache/hellaswag cannot be made .*--data") as error:
+        hellaswag.evaluate(HellaSwagConfig(), CPU, None)
+    assert "download" not in str(error.value) and web.requests == 1
+    assert hellaswag.questions_for_training(CPU) is None
+    assert "note: no HellaSwag in this run: " in capsys.readouterr().out
+
+
 def test_training_continues_without_the_data_and_says_so_once(web, data, capsys):
     web.error = TimeoutError("timed out")
     machines = [Machine(CPU.device, CPU.dtype, rank) for rank in (0, 1)]

@@ -1,6 +1,8 @@
 """plot.py: the numbers that it reads, the picture that it draws, and what it leaves out."""
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -107,6 +109,26 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, args, what):
     complaint = capsys.readouterr().err
     assert stop.value.code == 2 and complaint.count("\n") == 1 and what in complaint
     assert [path.name for path in tmp_path.rglob("*.*")] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_earlier_picture(tmp_path, monkeypatch, capsys):
+    folder = write_run(tmp_path / "run")
+    plot.plot(plot.PlotConfig(runs=(folder,)))
+    before = (folder / "curves.png").read_bytes()
+    capsys.readouterr()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(folder)])
+    with pytest.raises(SystemExit) as stop:
+        plot.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "curves.png cannot be written (No space left on device): make room, or give" in error
+    assert (folder / "curves.png").read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["curves.png", "metrics.jsonl"]
 
 
 def test_the_loss_of_gpt2_is_drawn_only_if_every_run_is_on_fineweb_edu(tmp_path):
