@@ -36,7 +36,7 @@ from torch._functorch import config as functorch
 
 import train_gpt2
 from common import hardware
-from common.cli import advice, plain, run_command
+from common.cli import advice, explain, outlive_console, plain, run_command
 from common.files import write_atomically
 from common.hardware import Device
 from common.runlog import software
@@ -197,7 +197,7 @@ def token_stream(config: BenchConfig, T: int, B: int, device: torch.device) -> I
 
 def look_around(config: BenchConfig) -> dict[str, Any]:
     """Return the facts about this machine that the ladder needs and that the results record."""
-    with train_gpt2.set_up_machine(config.train_config()) as machine:
+    with train_gpt2.set_up_machine(config.train_config(), alone=True) as machine:
         cuda = machine.device.type == "cuda"
         cpu = hardware.cpu_name()
         compiling, missing = hardware.choose_compile(config.compile, machine.device)
@@ -224,7 +224,7 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
     if cache_dir:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir
     train_config = config.train_config()
-    with train_gpt2.set_up_machine(train_config) as machine:
+    with train_gpt2.set_up_machine(train_config, alone=True) as machine:
         device, cuda = machine.device, machine.device.type == "cuda"
         torch.set_float32_matmul_precision("high" if rung.tf32 else "highest")
         if not rung.autocast:
@@ -249,9 +249,9 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
         elif rung.compile == "whole":
             model.compile(dynamic=False)
         optimizers = train_gpt2.make_optimizers(model, train_config, machine)
-        if not rung.fused:
-            for group in optimizers["optimizer"].param_groups:
-                group["fused"] = None  # torch chooses: one kernel for many tensors, or one for each
+        if not rung.fused:  # torch chooses: one kernel for many tensors, or one for each
+            groups = [{**group, "fused": None} for group in optimizers["optimizer"].param_groups]
+            optimizers["optimizer"] = torch.optim.AdamW(groups)
         scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
         batches, seconds, cpu_seconds = token_stream(config, T, B, device), [], []
         for _ in range(config.steps + 1):
@@ -281,6 +281,18 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
         }
 
 
+def attempt(rung: Rung, config: BenchConfig, cache_dir: str) -> dict[str, Any] | str:
+    """Return what `measure` returns or, in one line, why it failed.
+
+    In the rung's own process, because not every exception can be sent to another one.
+    """
+    try:
+        return measure(rung, config, cache_dir)
+    except Exception as error:  # one rung that fails must not lose the others
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        return " ".join(f"{kind}{explain(error)}".split())[:200]
+
+
 def apart(function: Callable, *args: Any) -> Any:
     """Call a function in a fresh process and return its result."""
     fresh = multiprocessing.get_context("spawn")
@@ -291,6 +303,8 @@ def apart(function: Callable, *args: Any) -> Any:
 def climb(config: BenchConfig) -> dict[str, Any]:
     """Measure every rung in every round; return the machine, the settings and a row for each."""
     facts = apart(look_around, config)
+    # the device is chosen once, so that not every rung says why it runs on the CPU
+    fixed = dataclasses.replace(config, device=facts["device_type"])
     rungs, left_out = ladder(facts)
     runs: dict[str, list[dict]] = {rung.name: [] for rung in rungs}
     with tempfile.TemporaryDirectory() as caches:
@@ -300,12 +314,17 @@ def climb(config: BenchConfig) -> dict[str, Any]:
                     continue
                 print(f"round {n + 1}/{config.rounds}: {rung.name}", file=sys.stderr, flush=True)
                 try:
-                    run = apart(measure, rung, config, str(Path(caches, str(i))))
+                    run = apart(attempt, rung, fixed, str(Path(caches, str(i))))
+                except BrokenProcessPool:
+                    run = "its process was killed, probably because memory ran out"
+                if isinstance(run, str):
+                    left_out[rung.name] = run
+                else:
                     runs[rung.name].append(run)
-                except (torch.OutOfMemoryError, BrokenProcessPool):  # or killed by the system
-                    left_out[rung.name] = "out of memory"
     names = [FIRST.name, *CHANGES, RECIPE]
     rows = [summary(name, runs.get(name), left_out.get(name, "")) for name in names]
+    if all("left_out" in row for row in rows):
+        raise ValueError(f"no rung could be measured: {rows[0]['left_out']}: try --preset tiny")
     compare(rows)
     settings = plain(config)
     for path in ("out", "plot"):
@@ -360,7 +379,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [[*head, "loss", "compile, s"], ["---", *["---:"] * 9]]
     for row in results["rows"]:
         if "left_out" in row:
-            lines.append([row["name"], f"left out: {row['left_out']}", *[""] * 8])
+            reason = row["left_out"].replace("|", "/")  # | ends a cell
+            lines.append([row["name"], f"left out: {reason}", *[""] * 8])
             continue
         gains = [row.get(key) for key in ("gain", "gain_over_first", "gain_over_recipe")]
         lines.append([
@@ -412,6 +432,7 @@ def bench(config: BenchConfig) -> None:
 
 
 def main() -> None:
+    outlive_console()
     run_command(BenchConfig, bench)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -126,6 +127,44 @@ def test_the_top_rung_trains_as_train_gpt2_does_by_default(monkeypatch):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_a_float16_gpu_trains_on_rungs_without_the_fused_optimizer(monkeypatch):
+    """GradScaler asks the optimizer whether it scales by itself: only the fused one does."""
+    monkeypatch.setattr(bench.hardware, "choose_dtype", lambda name, device: torch.float16)
+    applied, step = [], train_gpt2.train_step
+
+    def noted(*args):
+        result = step(*args)
+        applied.append(result.applied)
+        return result
+
+    monkeypatch.setattr(train_gpt2, "train_step", noted)
+    small = dict(block_size=8, micro_batch_size=1, grad_accum_steps=1)  # a CPU is slow in float16
+    config = dataclasses.replace(TINY, **small)
+    losses = [bench.measure(rung(autocast=True, fused=fused), config) for fused in (False, True)]
+    assert applied == [True] * 4, "the scaler has called the optimizer"
+    assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], abs=1e-3)
+
+
+def test_the_optimizer_that_torch_chooses_differs_in_nothing_else(monkeypatch):
+    groups = []
+
+    def step(model, optimizers, *args):
+        (optimizer,) = optimizers.values()
+        names = {p: name for name, p in model.named_parameters()}
+        groups.append([
+            {**group, "params": [names[p] for p in group["params"]]}
+            for group in optimizer.param_groups
+        ])  # fmt: skip
+        return train_gpt2.StepResult(1.0, 1.0, True, False, 0.0)
+
+    monkeypatch.setattr(train_gpt2, "train_step", step)
+    for fused in (False, True):
+        bench.measure(rung(fused=fused), TINY)
+    plain, fused = groups[0], groups[-1]
+    assert [g["fused"] for g in plain] == [None, None] and all(g["fused"] for g in fused)
+    assert [{**g, "fused": True} for g in plain] == fused
+
+
 # -----------------------------------------------------------------------------
 # the table shows what was measured
 
@@ -153,6 +192,12 @@ def test_a_row_has_the_median_and_its_gains():
     assert len(lines) == 6 and len({line.count("|") for line in lines}) == 1
 
 
+RUN = {
+    "compiled": False, "first_step": 1.0, "seconds": [1.0], "cpu_seconds": [1.0], "loss": 5.0,
+    "peak_memory": 10, "micro_batch_size": 2, "batch_tokens": 100, "mfu_seconds": None,
+}  # fmt: skip
+
+
 def test_rounds_go_up_and_down_and_each_rung_has_a_fresh_process(monkeypatch):
     measured = []
 
@@ -160,13 +205,7 @@ def test_rounds_go_up_and_down_and_each_rung_has_a_fresh_process(monkeypatch):
         if function is bench.look_around:
             return {**CPU, "no_compile": "no g++"}
         measured.append(args[0].name)
-        if args[0].name == "fused AdamW":
-            raise torch.OutOfMemoryError
-        return {
-            "compiled": False, "first_step": 1.0, "seconds": [1.0], "cpu_seconds": [1.0],
-            "loss": 5.0, "peak_memory": 10, "micro_batch_size": 2, "batch_tokens": 100,
-            "mfu_seconds": None,
-        }  # fmt: skip
+        return "out of memory" if args[0].name == "fused AdamW" else RUN
 
     monkeypatch.setattr(bench, "apart", apart)
     rows = bench.climb(dataclasses.replace(TINY, rounds=2))["rows"]
@@ -175,6 +214,82 @@ def test_rounds_go_up_and_down_and_each_rung_has_a_fresh_process(monkeypatch):
     assert {r["name"]: r.get("left_out") for r in rows}["fused AdamW"] == "out of memory"
     monkeypatch.undo()
     assert bench.apart(os.getpid) != os.getpid()
+
+
+class UnpicklableError(RuntimeError):
+    """As InductorError: made from other arguments than its message."""
+
+    def __init__(self, inner: Exception, frame: object):
+        super().__init__(f"backend='inductor' raised:\n{inner}\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory"),
+        (torch.AcceleratorError("CUDA error: misaligned\nhints"), "device cpu: CUDA error: mis"),
+        (AssertionError(), "AssertionError"),
+        (UnpicklableError(KeyError("a|b"), None), "UnpicklableError: backend='inductor' raised: "),
+    ],
+)
+def test_a_rung_that_fails_for_any_reason_says_it_in_one_line(monkeypatch, error, reason):
+    def step(*args):
+        raise error
+
+    monkeypatch.setattr(train_gpt2, "train_step", step)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "restored afterwards")
+    why = bench.attempt(bench.FIRST, TINY, "cache")
+    assert why.startswith(reason) and "\n" not in why and len(why) <= 200
+    rows = [bench.summary("first", [RUN], ""), bench.summary("second", [], why)]
+    bench.compare(rows)
+    assert len({line.count("|") for line in bench.table({"rows": rows}).splitlines()}) == 1
+
+
+def die(*args) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rung_that_the_system_kills_is_left_out(monkeypatch):
+    apart = bench.apart
+
+    def killed_once(function, *args):
+        if function is bench.look_around:
+            return {**CPU, "no_compile": "no g++"}
+        return apart(die) if args[0].name == "flash attention" else RUN
+
+    monkeypatch.setattr(bench, "apart", killed_once)
+    rows = {row["name"]: row for row in bench.climb(TINY)["rows"]}
+    assert "killed" in rows["flash attention"]["left_out"]
+    assert rows["vocabulary 50304"]["ms_per_step"] == 1000
+
+
+def test_a_ladder_without_any_rung_is_one_line(monkeypatch, capsys):
+    def apart(function, *args):
+        return CUDA if function is bench.look_around else "out of GPU memory"
+
+    monkeypatch.setattr(bench, "apart", apart)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds", "1", "--plot", "no.png"])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and not (ROOT / "no.png").exists()
+    assert err.splitlines()[-1] == (
+        "bench.py: error: no rung could be measured: out of GPU memory: try --preset tiny"
+    )
+
+
+def test_a_device_is_chosen_once_for_all_rungs(monkeypatch):
+    devices = []
+
+    def apart(function, config, *args):
+        if function is bench.look_around:
+            return {**CPU, "no_compile": "no g++"}
+        devices.append(args[0].device)
+        return RUN
+
+    monkeypatch.setattr(bench, "apart", apart)
+    results = bench.climb(dataclasses.replace(TINY, device="auto"))
+    assert set(devices) == {"cpu"} and results["settings"]["device"] == "auto"
 
 
 def test_a_run_writes_table_json_and_chart(monkeypatch, tmp_path, capsys):
