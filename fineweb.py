@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.cli import advice, run_command, say
+from common.cli import advice, outlive_console, run_command, say
 from common.corpus import Source, Unit, blame, file_kind, find_source, source_units, unit_texts
 from common.files import locked
 from common.hub import retry
@@ -377,6 +377,7 @@ def verify(config: DataConfig) -> None:
 
 def main() -> None:
     """Tokenise, or with --verify check the shards."""
+    outlive_console()
     try:
         run_command(DataConfig, lambda config: (verify if config.verify else tokenize)(config))
     except KeyboardInterrupt:

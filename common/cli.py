@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 Config = TypeVar("Config")
 
@@ -17,15 +17,21 @@ Config = TypeVar("Config")
 # flags and errors
 
 
-def run_command(config_class: type[Config], run: Callable[[Config], None]) -> None:
+def run_command(
+    config_class: type[Config],
+    run: Callable[[Config], None],
+    fail_with: Callable[[str, str], NoReturn] | None = None,
+) -> None:
     """Parse the command line into `config_class` and call `run` with the result.
 
     A user's mistake is a flag that tyro refuses, or a ValueError or OSError from the configuration
     or from `run`. It becomes one line on stderr, `<script>: error: <what>: <what to do>`, and exit
-    code 2. Under torchrun only rank 0 prints the line. Other exceptions are bugs and pass through.
+    code 2. A command of several ranks gives `ranks.fail`, so that only one of them prints the
+    line. Other exceptions are bugs and pass through.
     """
     import tyro
 
+    fail_with = fail_with or fail
     script = Path(sys.argv[0]).name
     complaint = io.StringIO()  # tyro draws its errors as a box: catch it and print one line instead
     try:
@@ -37,14 +43,14 @@ def run_command(config_class: type[Config], run: Callable[[Config], None]) -> No
         message = boxed_message(complaint.getvalue())
         raised = f"Error parsing {config_class.__name__}: "
         if message.startswith(raised):  # from the configuration, which says what to do
-            fail(script, message.removeprefix(raised))
-        fail(script, message.rstrip(".") + f": see python {script} --help")
+            fail_with(script, message.removeprefix(raised))
+        fail_with(script, message.rstrip(".") + f": see python {script} --help")
     except ValueError as error:
-        fail(script, str(error))
+        fail_with(script, str(error))
     try:
         run(config)
     except (ValueError, OSError) as error:
-        fail(script, explain(error))
+        fail_with(script, explain(error))
 
 
 def boxed_message(box: str) -> str:
@@ -80,9 +86,13 @@ def explain(error: Exception) -> str:
 
 def fail(script: str, message: str) -> NoReturn:
     """Print an error as one line and exit with code 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr)
+    print_error(script, message)
     sys.exit(2)
+
+
+def print_error(script: str, message: str) -> None:
+    """Print an error as one line on stderr."""
+    print(f"{script}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -95,6 +105,40 @@ def plain(config: Any) -> dict[str, Any]:
 # output and signals
 
 
+class LossyStream:
+    """A text stream that loses what it cannot write, instead of raising OSError."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
+def outlive_console() -> None:
+    """Let this process go on when nobody can read its output any more.
+
+    A closed terminal gives EIO, a pipe without a reader EPIPE, a log file on a full disk ENOSPC, to
+    every line, progress bar and warning, and to Python itself, which then exits with code 120. For
+    a long run the console is only a report. It must not end the run. Nor must a character that the
+    console does not have.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 - None: started with >&-
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, LossyStream(stream))
+
+
 def say(message: str) -> None:
     """Print a line without breaking the progress bar."""
     from tqdm import tqdm
@@ -104,17 +148,23 @@ def say(message: str) -> None:
 
 
 def collect_stop_signals() -> list[int]:
-    """Return a list that collects SIGTERM, SIGINT and SIGUSR1 as they arrive.
+    """Return a list that collects SIGTERM, SIGINT, SIGUSR1 and SIGHUP as they arrive.
 
-    A second signal of the same kind has its default effect: it ends the process at once.
+    A second SIGINT, which is Ctrl-C, ends the process at once. The others often arrive twice, and
+    the second one changes nothing: the shell and the kernel send SIGHUP when a terminal is closed,
+    a batch system sends SIGTERM to torchrun and to the ranks, and torchrun passes it on. SIGHUP
+    stays ignored if it was ignored at the start, as under nohup.
     """
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
 
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), note)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+        if not hasattr(signal, name):  # Windows has no SIGUSR1 and no SIGHUP
+            continue
+        number = getattr(signal, name)
+        if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
     return received

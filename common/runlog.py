@@ -1,6 +1,5 @@
 """The only place that writes a run's numbers: metrics.jsonl, the console, dashboards."""
 
-import atexit
 import contextlib
 import importlib.util
 import json
@@ -10,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common.files import atomic_write
+from common.hardware import flops_per_token, gpu_peak_flops
 from common.shards import data_source
 
 METRICS = "metrics.jsonl"
@@ -30,7 +31,8 @@ class RunLog:
     """Write a run's events to metrics.jsonl, the console and the dashboards.
 
     Only the first rank (`is_main`) writes. On every other rank the methods do nothing. For a
-    resumed run, `kept` holds the (event, step) of each line that stays in metrics.jsonl.
+    resumed run, `kept` holds the (event, step) of each line that stays in metrics.jsonl. As a
+    context manager, the log closes itself.
     """
 
     def __init__(
@@ -44,7 +46,8 @@ class RunLog:
         """Open metrics.jsonl, and drop the lines that a run resumed at `step` will write again.
 
         Raises ValueError, on every rank and before anything is written, if the package of a
-        dashboard is missing.
+        dashboard is missing. Raises OSError, as `write` and `close` do, if metrics.jsonl cannot
+        be written.
         """
         for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb)):
             if wanted:
@@ -54,8 +57,8 @@ class RunLog:
         if not is_main:
             return
         out_dir.mkdir(parents=True, exist_ok=True)
-        path = out_dir / METRICS
-        earlier = read_earlier(path, step)
+        self.path = out_dir / METRICS
+        earlier = read_earlier(self.path, step)
         self.kept = earlier.events
         self.console = Console(earlier.best_loss)
         self.dashboards: list[TensorBoard | WeightsAndBiases] = []
@@ -66,10 +69,18 @@ class RunLog:
             board = WeightsAndBiases(out_dir, earlier.wandb_id)
             self.dashboards.append(board)
             self.ids["wandb_id"] = board.run.id
-        with atomic_write(path) as file:
-            file.write("".join(earlier.lines).encode())
-        self.file = open(path, "a")  # noqa: SIM115 - open as long as the run
-        atexit.register(self.close)  # for a run that ends with an error
+        with naming(self.path):
+            with atomic_write(self.path) as file:
+                file.write("".join(earlier.lines).encode())
+            self.file = open(self.path, "a")  # noqa: SIM115 - open as long as the run
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error, one from closing would hide it. After a failed write it is the same one.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self.close()
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Record one event. JSON must be able to hold the values."""
@@ -78,8 +89,15 @@ class RunLog:
         if event == "run":
             source = data_source(Path(values["config"]["data_dir"]))
             values |= {**software(), "data_source": source, **self.ids}
+            self.flops_per_token, self.peak = flops_of_run(values)
+        elif event == "train":
+            speed = values["batch_tokens"] / values["dt"]  # tokens a second
+            # MFU, model FLOPs utilisation (PaLM paper): the part of the GPUs' peak that is used
+            mfu = speed * self.flops_per_token / self.peak if self.peak else None
+            values |= {"tokens_per_sec": speed, "mfu": mfu}
         entry = {"event": event, "step": step, "time": time.time(), **values}
-        print(json.dumps(entry), file=self.file, flush=True)
+        with naming(self.path):
+            print(json.dumps(entry), file=self.file, flush=True)
         self.console.write(event, step, values)
         for dashboard in self.dashboards:
             dashboard.write(event, step, values)
@@ -91,14 +109,33 @@ class RunLog:
 
     def close(self) -> None:
         """Remove the status line and let the dashboards finish. Later calls write nothing."""
-        atexit.unregister(self.close)
         if self.file is None:
             return
+        file, self.file = self.file, None
         self.console.close()
         for dashboard in self.dashboards:
             dashboard.close()
-        self.file.close()
-        self.file = None
+        with naming(self.path):  # a network file system may report a full disk only here
+            file.close()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an OSError from the block, which may have only a number."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{path} cannot be written ({error.strerror})"
+        what_to_do = "make room or repair the disk, and continue with --resume"
+        raise OSError(f"{what}: {what_to_do}") from None
+
+
+def flops_of_run(values: dict[str, Any]) -> tuple[int, float | None]:
+    """Return the FLOPs for a token, and the FLOP/s of all GPUs' data sheets (None: unknown)."""
+    size = values["model_config"]
+    sizes = (size[name] for name in ("n_layer", "n_embd", "block_size"))
+    peak = gpu_peak_flops(values["device"])
+    return flops_per_token(values["n_params"], *sizes), peak and peak * values["world_size"]
 
 
 def software() -> dict[str, Any]:

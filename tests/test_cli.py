@@ -3,15 +3,27 @@
 import dataclasses
 import io
 import os
+import pty
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+from conftest import ROOT
 
-from common.cli import advice, collect_stop_signals, explain, fail, plain, run_command, say
+from common.cli import (
+    LossyStream,
+    advice,
+    collect_stop_signals,
+    explain,
+    fail,
+    plain,
+    run_command,
+    say,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,14 +153,31 @@ def test_an_error_of_many_lines_is_printed_as_one(capsys):
     assert capsys.readouterr().err == "script.py: error: one two three\n"
 
 
-def test_only_rank_0_prints_an_error(error_of, monkeypatch):
+def test_a_rank_in_the_environment_does_not_silence_a_command_that_runs_alone(
+    error_of, monkeypatch
+):
     def run(config: Config) -> None:
         raise ValueError("wrong")
 
-    monkeypatch.setenv("RANK", "1")
-    assert error_of(run) == ""
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("RANK", "1")  # of a pod or a job in which somebody types the command
     assert error_of(run) == "script.py: error: wrong\n"
+
+
+def test_a_command_of_several_ranks_prints_its_errors_its_own_way(monkeypatch):
+    told = []
+
+    def fail_with(script: str, message: str) -> NoReturn:
+        told.append(message)
+        sys.exit(2)
+
+    def run(config: Config) -> None:
+        raise ValueError("wrong")
+
+    for argv, message in ((["--steps", "5"], "wrong"), (["--nothing"], "nrecognized")):
+        monkeypatch.setattr(sys, "argv", ["script.py", *argv])
+        with pytest.raises(SystemExit):
+            run_command(Config, run, fail_with)
+        assert message in told.pop()
 
 
 # -----------------------------------------------------------------------------
@@ -204,18 +233,102 @@ def test_say_prints_a_line(capsys):
     assert capsys.readouterr().out == "one line\n"
 
 
-def test_the_first_signal_is_collected_and_the_second_ends_the_process():
+SIGNALS = """
+import signal, sys
+from common.cli import collect_stop_signals
+received = collect_stop_signals()
+for name in sys.argv[1:]:
+    signal.raise_signal(getattr(signal, name))
+print([signal.Signals(number).name for number in received])
+"""
+
+
+def after_signals(*names: str) -> tuple[str, int]:
+    """Raise signals in a process that collects them; return its output and its exit code."""
+    words = [sys.executable, "-c", SIGNALS, *names]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip(), result.returncode
+
+
+def test_signals_are_collected_and_a_repeated_one_changes_nothing():
+    # shell and kernel, or a batch system and torchrun, send the same signal
+    names = ["SIGUSR1", "SIGTERM", "SIGHUP"]
+    assert after_signals(*names * 3) == (str(names), 0)
+
+
+def test_a_second_interrupt_ends_the_process():
+    assert after_signals("SIGINT") == ("['SIGINT']", 0)
+    assert after_signals("SIGINT", "SIGINT") == ("", -signal.SIGINT)
+
+
+def test_a_hangup_that_is_ignored_at_the_start_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     received = collect_stop_signals()
+    signal.raise_signal(signal.SIGHUP)
     assert received == []
-    signal.raise_signal(signal.SIGUSR1)
-    signal.raise_signal(signal.SIGTERM)
-    assert received == [signal.SIGUSR1, signal.SIGTERM]
-    script = (
-        "import signal\nfrom common.cli import collect_stop_signals\n"
-        "received = collect_stop_signals()\nsignal.raise_signal(signal.SIGTERM)\n"
-        "print(len(received), flush=True)\nsignal.raise_signal(signal.SIGTERM)\nprint('alive')\n"
-    )
-    root = Path(__file__).parent.parent
-    words = [sys.executable, "-c", script]
-    result = subprocess.run(words, cwd=root, env={**os.environ}, capture_output=True, text=True)
-    assert (result.stdout, result.returncode) == ("1\n", -signal.SIGTERM)
+
+
+REPORTS = """
+import sys, warnings
+from tqdm import tqdm
+from common.cli import outlive_console, say
+outlive_console()
+for stream in (sys.stdout, sys.stderr):
+    with tqdm(total=1000, file=stream, mininterval=0) as bar:
+        for n in range(1000):  # more than any buffer holds
+            bar.update()
+            print("a line", file=stream, flush=n % 2 == 0)
+            say("a line above the bar")
+            warnings.warn(f"warning {n}")
+open(sys.argv[1], "w").write("all work is done")
+"""
+
+
+def broken_pipe() -> int:
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+def full_disk() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+def closed_terminal() -> int:
+    ours, theirs = pty.openpty()
+    os.close(ours)
+    return theirs
+
+
+@pytest.mark.parametrize("console", [broken_pipe, full_disk, closed_terminal, None])
+def test_a_process_goes_on_and_succeeds_when_nobody_can_read_its_output(tmp_path, console):
+    words = [sys.executable, "-c", REPORTS, str(tmp_path / "result")]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    if console is None:  # started with stdout and stderr closed: Python has None for them
+        words = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *words]
+    output = console() if console else None
+    process = subprocess.run(words, cwd=ROOT, env=env, stdout=output, stderr=output, timeout=60)
+    if console:
+        os.close(output)
+    assert process.returncode == 0, "120: Python could not flush at exit"
+    assert (tmp_path / "result").read_text() == "all work is done"
+
+
+def test_a_console_that_can_be_written_again_shows_the_next_lines():
+    read, write = os.pipe()
+    os.set_blocking(write, False)  # full: EAGAIN
+    with open(write, "w") as file, open(read) as reader:
+        console = LossyStream(file)
+        for n in range(10_000):
+            print(f"line {n} of many", file=console, flush=True)
+        assert os.read(read, 1 << 20).startswith(b"line 0 of many")
+        print("there is room again", file=console, flush=True)
+        file.close()
+        assert reader.read().endswith("there is room again\n")
+
+
+def test_a_character_that_the_console_does_not_have_is_escaped():
+    script = "from common.cli import outlive_console\noutlive_console()\nprint('na\u00efve')"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True)
+    assert (result.stdout.strip(), result.returncode) == (rb"na\xefve", 0)

@@ -19,13 +19,14 @@ from common.runlog import RunLog, as_scalars
 
 ABOUT = dict(
     config={"data_dir": "nowhere", "max_steps": 40, "total_batch_size": 1000}, n_params=1234567,
+    model_config={"n_layer": 2, "n_embd": 32, "block_size": 16},
     micro_batch_size=4, world_size=2, compile=True, device="cpu", dtype="bfloat16", passes=1.234,
 )  # fmt: skip
 STEP = dict(
     loss=4.81234, lr=1.5e-3, grad_norm=0.98765, dt=2.0, batch_tokens=1000, tokens_seen=1000,
-    mfu=None, tokens_per_sec=1234.5, data_wait=0.0,
+    data_wait=0.0,
 )  # fmt: skip
-FAST_STEP = {**STEP, "mfu": 0.4321, "data_wait": 0.5}
+SPEED = {"tokens_per_sec": 500.0, "mfu": None}
 SCORE = dict(style="completion", acc=0.28591, acc_norm=0.29549)
 
 
@@ -50,9 +51,19 @@ def test_a_line_of_metrics_has_event_step_and_time_before_the_values(tmp_path):
     first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
     about = ["event", "step", "time", *ABOUT, "git_hash", "versions", "data_source"]
     assert list(json.loads(first)) == about
-    assert list(json.loads(second)) == ["event", "step", "time", *STEP]
+    assert list(json.loads(second)) == ["event", "step", "time", *STEP, *SPEED]
     assert second == json.dumps(json.loads(second))
-    assert json.loads(second).items() >= {"event": "train", "step": 3, **STEP}.items()
+    assert json.loads(second).items() >= {"event": "train", "step": 3, **STEP, **SPEED}.items()
+
+
+def test_mfu_is_the_part_of_all_gpus_peak(tmp_path):
+    log = RunLog(tmp_path, 0, is_main=True)
+    log.write("run", 0, **{**ABOUT, "device": "NVIDIA A100-SXM4-40GB", "world_size": 8})
+    log.write("train", 3, **STEP)
+    log.close()
+    flops = 6 * 1234567 + 12 * 2 * 32 * 16  # a token
+    mfu = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["mfu"]
+    assert mfu == pytest.approx(500 * flops / (8 * 312e12))
 
 
 def test_a_resumed_log_drops_the_lines_that_it_will_write_again(tmp_path):
@@ -92,6 +103,46 @@ def test_a_closed_log_writes_nothing(tmp_path, capsys):
     assert read_metrics(tmp_path) == [] and capsys.readouterr().out == ""
 
 
+def test_a_log_is_closed_on_the_way_out_whatever_the_error(tmp_path, monkeypatch, capsys):
+    log = start_log(tmp_path, monkeypatch, on_terminal=True)
+    with pytest.raises(KeyboardInterrupt), log:
+        log.write("train", 0, **STEP)
+        assert "left" in capsys.readouterr().out, "the status line"
+        raise KeyboardInterrupt
+    assert log.file is None
+    assert capsys.readouterr().out.strip(" \r") == "", "the status line must go"
+
+
+NOT_WRITTEN = r"metrics\.jsonl cannot be written \({}\): make room .* --resume$"
+
+
+def fill_disk(log: RunLog) -> None:
+    """Put a file on a full disk in the place of metrics.jsonl."""
+    log.file.close()
+    log.file = open("/dev/full", "a")  # noqa: SIM115
+
+
+def test_metrics_that_cannot_be_written_are_an_error_that_names_the_file(tmp_path):
+    full = NOT_WRITTEN.format("No space left on device")
+    with pytest.raises(OSError, match=full), RunLog(tmp_path, 0, is_main=True) as log:
+        fill_disk(log)
+        log.write("val", 5, loss=2.0)
+    with pytest.raises(OSError, match=full), RunLog(tmp_path, 0, is_main=True) as log:
+        fill_disk(log)
+        log.file.write("what a network file system reports when the file is closed")
+    (tmp_path / ".metrics.jsonl.unfinished").mkdir()
+    with pytest.raises(OSError, match=NOT_WRITTEN.format("Is a directory")):
+        RunLog(tmp_path, 0, is_main=True)
+
+
+def test_an_error_of_the_run_is_not_hidden_by_one_from_closing_the_log(tmp_path):
+    log = RunLog(tmp_path, 0, is_main=True)
+    with pytest.raises(ZeroDivisionError), log:
+        fill_disk(log)
+        log.file.write("cannot be flushed")
+        raise ZeroDivisionError
+
+
 # -----------------------------------------------------------------------------
 # the console
 
@@ -100,8 +151,8 @@ RUN_LINE = (
     "1,234,567 parameters on 2 x cpu, bfloat16, compiled; 40,000 tokens (1.23 passes over the "
     "data) in steps of 1,000, 4 rows at a time"
 )
-ROW = "     7  loss 4.8123  lr 1.50e-03  norm  0.988   2000 ms      1,234 tok/s"
-LINE = "step 7: loss 4.8123, lr 1.50e-03, norm 0.988, 2000 ms, 1,234 tokens/s"
+ROW = "     7  loss 4.8123  lr 1.50e-03  norm  0.988   2000 ms        500 tok/s"
+LINE = "step 7: loss 4.8123, lr 1.50e-03, norm 0.988, 2000 ms, 500 tokens/s"
 
 
 @pytest.mark.parametrize("on_terminal", [True, False], ids=["terminal", "pipe"])
@@ -112,7 +163,7 @@ LINE = "step 7: loss 4.8123, lr 1.50e-03, norm 0.988, 2000 ms, 1,234 tokens/s"
         ("train", STEP, [ROW, f"{LINE}, 0:01:18 left"]),
         (
             "train",
-            FAST_STEP,
+            {**STEP, "data_wait": 0.5},
             [
                 f"{ROW}  mfu 43%  waited 25%",
                 f"{LINE}, mfu 43.2%, waited 25% for data, 0:01:18 left",
@@ -130,6 +181,8 @@ def test_each_event_has_its_console_line(
     tmp_path, monkeypatch, capsys, on_terminal, event, values, lines
 ):
     log = start_log(tmp_path, monkeypatch, on_terminal)
+    if values.get("data_wait"):  # a GPU whose peak is known
+        log.peak = 500 * log.flops_per_token / 0.4321
     capsys.readouterr()
     log.write(event, 7, **values)
     line, end, status = capsys.readouterr().out.partition("\n")
@@ -206,10 +259,9 @@ def test_a_terminal_gets_a_status_line_and_a_pipe_gets_plain_lines(data_dir, tmp
 
 
 def test_dashboards_get_every_number_under_event_name_and_layer():
-    assert as_scalars("train", FAST_STEP) == {
-        f"train/{name}": value for name, value in FAST_STEP.items()
-    }
-    assert "train/mfu" not in as_scalars("train", STEP), "None is not a number"
+    values = STEP | SPEED | {"mfu": 0.4321}
+    assert as_scalars("train", values) == {f"train/{n}": value for n, value in values.items()}
+    assert "train/mfu" not in as_scalars("train", STEP | SPEED), "None is not a number"
     expected = {"hellaswag/acc": 0.28591, "hellaswag/acc_norm": 0.29549}
     assert as_scalars("hellaswag", SCORE) == expected
     stats = {"update_ratio": [0.1, 0.2], "grad_norm": [1.0, 2.0]}
