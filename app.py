@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from common.checkpoint import checkpoint_paths
 from common.cli import advice, explain, run_command
+from common.hardware import OutOfMemory, device_errors
 from common.runlog import METRICS
 from sample import SampleConfig, continuations, cut_note, model_bytes, quantize
 from train_gpt2 import GPT, TrainConfig, load_model, set_up_machine
@@ -97,13 +98,16 @@ def make_page(name: str, model: GPT) -> "gradio.Blocks":
                 top_k=top_k, seed=seed,
             )  # fmt: skip
             texts = [prompt] * num_samples
-            for pieces in continuations(chosen, prompt, config):
-                texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-                yield [
-                    gr.update(value=texts[i] if i < num_samples else "", visible=i < num_samples)
-                    for i in range(MAX_SAMPLES)
-                ]
-        except ValueError as error:
+            with device_errors(chosen.transformer.wpe.weight.device):
+                for pieces in continuations(chosen, prompt, config):
+                    texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+                    yield [
+                        gr.update(
+                            value=texts[i] if i < num_samples else "", visible=i < num_samples
+                        )
+                        for i in range(MAX_SAMPLES)
+                    ]
+        except (ValueError, OSError) as error:
             raise gr.Error(explain(error)) from None
 
     small, smaller = (f"{n / 1e6:.0f} MB" for n in (model_bytes(model), model_bytes(model) * 0.26))
@@ -152,7 +156,8 @@ def serve(config: AppConfig) -> None:
     except ModuleNotFoundError:
         raise ValueError("gradio is missing: pip install -r requirements-app.txt") from None
     name = config.model or str(next(iter(checkpoint_paths(Path("log"))), "gpt2"))
-    with set_up_machine(TrainConfig(dtype="float32")) as machine:
+    smaller = advice("give another --model", OutOfMemory)
+    with smaller, set_up_machine(TrainConfig(dtype="float32"), alone=True) as machine:
         page = make_page(name, load_model(name, machine.device))
         sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
         # fonts of the visitor's system: the page loads nothing from other servers

@@ -33,9 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from common.cli import advice, run_command
+from common import ranks
+from common.cli import advice, outlive_console, run_command
 from common.files import write_atomically
-from common.hardware import Device, Dtype
+from common.hardware import Device, Dtype, OutOfMemory, attention_for_any_shape
 from common.tokenizer import EOT, encode
 
 # -----------------------------------------------------------------------------
@@ -59,10 +60,6 @@ class HellaSwagConfig:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit {self.limit}: give a number of 1 or more")
-        if self.out and (self.out.is_dir() or not os.access(self.out.absolute().parent, os.W_OK)):
-            raise ValueError(
-                f"--out {self.out} cannot be written: give a file in a folder that you may write to"
-            )
 
 
 # -----------------------------------------------------------------------------
@@ -296,7 +293,8 @@ def ending_losses(model: nn.Module, questions: Questions, machine: Any) -> Tenso
     # every batch has another shape: a compiled model would be compiled again for each
     with machine.autocast, torch.compiler.set_stance("force_eager"):
         for batch in tqdm(batches, desc="HellaSwag", leave=False, disable=hidden):
-            of_tokens, endings = token_losses(model, batch, device)
+            with attention_for_any_shape():
+                of_tokens, endings = token_losses(model, batch, device)
             losses.index_add_(0, endings, of_tokens.to(dtype))
     model.train(training)
     if machine.world_size > 1:
@@ -327,32 +325,38 @@ def score(model: nn.Module, questions: Questions, machine: Any) -> dict[str, Any
 def questions_for_training(machine: Any) -> Questions | None:
     """Return the questions in completion style, or None, with a note, if they are not available.
 
-    Only rank 0 downloads them. The other ranks wait for it.
+    Rank 0 downloads and reads them for all ranks.
     """
-    missing = False
-    if machine.is_main:
+
+    def load() -> Questions | None:
         try:
-            ensure_data()
+            return load_questions(ensure_data(), "completion")
         except OSError as error:
-            missing = True
             machine.print(f"note: no HellaSwag in this run: {error}: put the file there yourself")
-    if machine.sum(missing):  # all ranks wait here, and decide alike
-        return None
-    return load_questions(ensure_data(), "completion")
+            return None
+
+    return ranks.on_rank_0(load)
 
 
 # -----------------------------------------------------------------------------
 # the command
 
 
+def find_questions(config: HellaSwagConfig) -> Questions:
+    """Return the questions that are asked for, once it is clear that --out can be written."""
+    out, what_to_do = config.out, "put the file there, or give one with --data"
+    if out and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
+        raise ValueError(
+            f"--out {out} cannot be written: give a file in a folder that you may write to"
+        )
+    with advice("check --data" if config.data else what_to_do):
+        path = ensure_data(config.data)
+    return load_questions(path, config.style, config.limit)
+
+
 def evaluate(config: HellaSwagConfig, machine: Any, load_model: Callable[..., nn.Module]) -> None:
     """Score a model, print the result, and write it to --out if given."""
-    what_to_do = "check --data" if config.data else "put the file there, or give one with --data"
-    if machine.is_main:
-        with advice(what_to_do):
-            ensure_data(config.data)
-    machine.sum(0)  # the other ranks wait for the download
-    questions = load_questions(ensure_data(config.data), config.style, config.limit)
+    questions = ranks.on_rank_0(find_questions, config)
     model = load_model(config.model, machine.device)
     start = time.perf_counter()
     losses = ending_losses(model, questions, machine)
@@ -363,7 +367,7 @@ def evaluate(config: HellaSwagConfig, machine: Any, load_model: Callable[..., nn
         f"HellaSwag, style {config.style}: acc {result['acc']:.4f}, acc_norm "
         f"{result['acc_norm']:.4f} ({result['n']:,} examples, {result['seconds']:.1f} s)"
     )
-    if config.out and machine.is_main:
+    if config.out:
         chosen = zip(*choices(questions, losses), strict=True)
         lines = [
             {"index": i, "label": q.label, "losses": loss, "pred": pred, "pred_norm": pred_norm}
@@ -372,8 +376,9 @@ def evaluate(config: HellaSwagConfig, machine: Any, load_model: Callable[..., nn
             )
         ]
         lines.append(result | {"model": config.model})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
         with advice("make room, or give another --out"):
-            write_atomically(config.out, "".join(json.dumps(x) + "\n" for x in lines).encode())
+            ranks.on_rank_0(write_atomically, config.out, text.encode())
 
 
 def main() -> None:
@@ -381,10 +386,14 @@ def main() -> None:
     from train_gpt2 import TrainConfig, load_model, set_up_machine
 
     def run(config: HellaSwagConfig) -> None:
-        with set_up_machine(TrainConfig(device=config.device, dtype=config.dtype)) as machine:
+        with (
+            advice("give another --model, or --device cpu", OutOfMemory),
+            set_up_machine(TrainConfig(device=config.device, dtype=config.dtype)) as machine,
+        ):
             evaluate(config, machine, load_model)
 
-    run_command(HellaSwagConfig, run)
+    outlive_console()
+    run_command(HellaSwagConfig, run, ranks.fail)
 
 
 if __name__ == "__main__":

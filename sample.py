@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.cli import advice, run_command
 from common.generate import stream_text
-from common.hardware import Device
+from common.hardware import Device, OutOfMemory
 from common.tokenizer import encode
 from train_gpt2 import GPT, TrainConfig, load_model, set_up_machine
 
@@ -168,7 +168,9 @@ def sample(config: SampleConfig) -> None:
     Raises ValueError or OSError for what the user has to correct.
     """
     prompt = read_prompt(config)
-    with set_up_machine(TrainConfig(device=config.device, dtype=config.dtype)) as machine:
+    settings = TrainConfig(device=config.device, dtype=config.dtype)
+    smaller = advice("give fewer --num_samples, another --model, or --device cpu", OutOfMemory)
+    with smaller, set_up_machine(settings, alone=True) as machine:
         model = load_model(config.model, machine.device).to(machine.dtype)
         if config.int8:
             quantize(model)

@@ -34,16 +34,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import checkpoint, hardware
-from common.cli import advice, collect_stop_signals, plain, run_command
+from common import checkpoint, hardware, ranks
+from common.cli import advice, collect_stop_signals, outlive_console, plain, run_command
 from common.files import locked
 from common.generate import sample_text
-from common.huggingface import read_huggingface, write_huggingface
+from common.huggingface import write_huggingface
 from common.layer_stats import LayerStats
 from common.muon import Muon
-from common.ranks import join_ranks, local_device
 from common.runlog import METRICS, RunLog
 from common.shards import fingerprint, open_shards
+from common.weights import read_weights
 from hellaswag import questions_for_training, score
 
 # -----------------------------------------------------------------------------
@@ -350,24 +350,17 @@ class GPT(nn.Module):
 
 
 def load_model(name_or_path: str | Path | None, device: torch.device | str = "cpu") -> GPT:
-    """Return a trained model in eval mode, float32, on `device`.
+    """Return a trained model in eval mode, float32, on `device`. Rank 0 reads it for all ranks.
 
     `name_or_path`: a checkpoint `*.pt`, a folder in Hugging Face format, or a hub name such as
     `gpt2`; None: the newest checkpoint in log/, else `gpt2`. Raises ValueError or
     FileNotFoundError if there is no such model or its file is damaged.
     """
-    if name_or_path is None:
-        name_or_path = next(iter(checkpoint.checkpoint_paths(Path("log"))), "gpt2")
-    if str(name_or_path).endswith(".pt"):
-        with advice("give another model"):
-            state = checkpoint.read_checkpoint(Path(name_or_path))
-        model_config, weights = state["model_config"], state["model"]
-    else:
-        model_config, weights = read_huggingface(str(name_or_path))
+    name, sizes, weights = ranks.on_rank_0(read_weights, name_or_path)
     try:
-        model = checkpoint.build_model(GPT, GPTConfig, model_config, weights)
+        model = checkpoint.build_model(GPT, GPTConfig, sizes, weights)
     except ValueError as error:
-        raise ValueError(f"{name_or_path}: {error}: give another model") from None
+        raise ValueError(f"{name}: {error}: give another model") from None
     return model.to(device).eval()
 
 
@@ -378,6 +371,8 @@ def compile_model(model: GPT) -> None:
     # On a CPU the backward pass computes norms, GELU and casts again instead of storing them: as
     # fast, in an eighth less memory at 124M (benchmarks/ladder_cpu.md).
     config.ban_recompute_materialized_backward = next(model.parameters()).device.type != "cpu"
+    # DDP would cut a block's graph at every 25 MB of gradients: 2 graphs at width 768, 4 at 1600.
+    torch._dynamo.config.optimize_ddp = False
     for block in model.transformer.h:
         block.compile(dynamic=False)
     model.loss = torch.compile(model.loss, dynamic=False)
@@ -418,8 +413,8 @@ class Windows:
             shard = int(np.searchsorted(self.ends, window, side="right"))
             start = (int(window) - int(self.ends[shard - 1] if shard else 0)) * T
             row[:] = self.shards[shard][start : start + T + 1]  # uint16 to the int64 of embeddings
-        rows = torch.from_numpy(rows)
-        return rows[:, :-1], rows[:, 1:]  # position t predicts token t + 1
+        rows = torch.from_numpy(rows)  # position t predicts token t + 1
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # a GPU copies one block only
 
     def stream(self, start: int, count: int, seed: int | None) -> np.ndarray:
         """Return windows [start, start + count) of the endless stream of epochs.
@@ -448,20 +443,21 @@ def micro_batches(
     What a step reads depends only on the windows used before it, not on ranks, micro-batch or
     restarts. A thread reads a few micro-batches ahead, so that the device does not wait.
     """
-    T = windows.block_size
+    T, seed = windows.block_size, config.seed if config.shuffle else None
 
-    def places(step: int, tokens_seen: int) -> Iterator[tuple[int, int, int]]:
+    def places(step: int, tokens_seen: int) -> Iterator[tuple[int, int, range]]:
         while tokens_seen < config.budget:
-            rows = step_batch_tokens(config, tokens_seen) // T
-            firsts = range(machine.rank * B, rows, machine.world_size * B)  # ranks take turns
-            yield from ((step, m, tokens_seen // T + first) for m, first in enumerate(firsts))
-            step, tokens_seen = step + 1, tokens_seen + rows * T
+            batch_tokens, first = step_batch_tokens(config, tokens_seen), tokens_seen // T
+            b = hardware.rows_of_step(B, batch_tokens, T, machine.world_size)
+            starts = range(machine.rank * b, batch_tokens // T, machine.world_size * b)
+            yield from ((step, m, range(first + s, first + s + b)) for m, s in enumerate(starts))
+            step, tokens_seen = step + 1, tokens_seen + batch_tokens
 
-    def read(first: int) -> tuple[Tensor, ...]:
-        batch = windows.read(windows.stream(first, B, config.seed if config.shuffle else None))
-        return tuple(t.pin_memory() for t in batch) if machine.device.type == "cuda" else batch
+    def read(rows: range) -> tuple[Tensor, ...]:
+        batch = windows.read(windows.stream(rows.start, len(rows), seed))
+        return tuple(t.pin_memory() for t in batch) if cuda else batch
 
-    todo = places(step, tokens_seen)
+    todo, cuda = places(step, tokens_seen), machine.device.type == "cuda"
     with ThreadPoolExecutor(1) as reader:
         ahead = deque((place, reader.submit(read, place[2])) for place in islice(todo, 4))
         while ahead:
@@ -471,7 +467,8 @@ def micro_batches(
             if config.dropout:  # the model draws its masks next: the same ones after a restart
                 key = np.random.SeedSequence((config.seed, step, micro_step, machine.rank))
                 torch.manual_seed(int(key.generate_state(1)[0]))
-            yield x.to(machine.device, non_blocking=True), y.to(machine.device, non_blocking=True)
+            # A GPU copies from pinned memory while the CPU goes on. Elsewhere that is not safe.
+            yield tuple(t.to(machine.device, non_blocking=cuda) for t in (x, y))
 
 
 # -----------------------------------------------------------------------------
@@ -578,26 +575,18 @@ class Machine:
         if self.is_main:
             print(message, flush=True)
 
-    def sum(self, value: float) -> float:
-        """Return the sum over the ranks, in float64 if the device has it."""
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.tensor(value, dtype=dtype, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(total)
-        return total.item()
-
 
 @contextlib.contextmanager
-def set_up_machine(config: TrainConfig) -> Iterator[Machine]:
-    """Choose device and precision; under torchrun join the other ranks."""
-    with advice("give --device cpu"):
-        kind = hardware.choose_device(config.device)
-    # Products that stay in float32 may use TF32 on a GPU: 11 bits of precision instead of 24, for
-    # several times the speed. Most CPUs ignore this.
-    torch.set_float32_matmul_precision("high")
-    device = local_device(kind)
-    with join_ranks(kind, config.timeout_minutes) as (rank, world_size):
-        yield Machine(device, hardware.choose_dtype(config.dtype, device), rank, world_size)
+def set_up_machine(config: TrainConfig, alone: bool = False) -> Iterator[Machine]:
+    """Choose device and precision; under torchrun join the other ranks, unless `alone`."""
+    join = contextlib.nullcontext((0, 1)) if alone else ranks.join_ranks(config.timeout_minutes)
+    with join as (rank, world_size):
+        device = ranks.local_device(config.device)
+        # Products that stay in float32 may use TF32 on a GPU: 11 bits of precision instead of 24,
+        # for several times the speed. Most CPUs ignore this.
+        torch.set_float32_matmul_precision("high")
+        with hardware.device_errors(device), ranks.process_group(device.type):
+            yield Machine(device, hardware.choose_dtype(config.dtype, device), rank, world_size)
 
 
 # -----------------------------------------------------------------------------
@@ -623,7 +612,8 @@ def train_step(
     stop: bool = False,
 ) -> StepResult:
     """Make one update from `grad_accum_steps` micro-batches on every rank."""
-    report = torch.tensor([0.0, float(stop)], device=machine.device)  # loss, ranks asked to stop
+    report = torch.zeros(2, device=machine.device)  # loss, ranks asked to stop
+    report[1] = float(stop)  # not torch.tensor(...), which waits until a GPU has the copy
     data_wait = 0.0  # seconds
     # Half a million tokens do not fit into memory at once. Their gradient is a mean, so it can be
     # added up, one micro-batch after the other.
@@ -674,7 +664,7 @@ def validation_loss(model: GPT, windows: Windows, n: int, B: int, machine: Machi
             total += model(x.to(machine.device), y.to(machine.device)).item() * rows
     model.train()
     # sums, not means of means: the result is the same for any number of ranks
-    return machine.sum(total) / n
+    return ranks.total(total, machine.device) / n
 
 
 # -----------------------------------------------------------------------------
@@ -742,15 +732,23 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
 
     Raises ValueError or FileNotFoundError for what the user has to correct.
     """
-    # a run to continue, or none
+    # a run to continue, or none. Rank 0 alone looks: a network file system may show the ranks of
+    # other nodes older files, and they would continue from another step.
     out_dir, device = config.out_dir, machine.device
-    holds_a_run = (out_dir / METRICS).exists() or checkpoint.checkpoint_paths(out_dir)
-    if machine.is_main and holds_a_run and not config.resume:
-        raise ValueError(f"{out_dir} holds a run: use --resume, or give another --out_dir")
-    with advice("restore one, or start again with another --out_dir"):
-        state = checkpoint.newest_checkpoint(out_dir, machine.print) if config.resume else None
+
+    def newest() -> dict[str, Any] | None:
+        if config.resume:
+            with advice("restore one, or start again with another --out_dir"):
+                return checkpoint.newest_checkpoint(out_dir, machine.print)
+        if (out_dir / METRICS).exists() or checkpoint.checkpoint_paths(out_dir):
+            raise ValueError(f"{out_dir} holds a run: use --resume, or give another --out_dir")
+
+    state = ranks.on_rank_0(newest)
     with advice("make the data with fineweb.py, or give another --data_dir"):
         data = fingerprint(config.data_dir)
+    facts = {"step": state["step"] if state else 0, "data": data, "dtype": str(machine.dtype)}
+    with advice("start all ranks with the same command and the same files"):  # paths may differ
+        ranks.check_equal({**plain(config), **facts, "data_dir": "", "out_dir": ""})
     if state:
         with advice("give another --out_dir"):
             checkpoint.check_same_run(state, plain(config), data)
@@ -761,16 +759,20 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
     train_windows, val_windows = open_windows(config, T, size.vocab_size)
 
     # the micro-batch: large products keep the device busy, so as many rows as fit into memory
-    def fits(rows: int) -> bool:
-        if device.type != "cuda":  # elsewhere a lack of memory ends the process
-            return rows <= PRESETS[config.preset].micro_batch_size
-        fitted = hardware.fits_in_memory(model, rows, machine.autocast)
-        return machine.sum(fitted) == machine.world_size  # the same answer on every rank
+    probes = device.type == "cuda"  # elsewhere a lack of memory ends the process
 
-    flag = "batch_ramp_start" if config.batch_ramp_tokens else "total_batch_size"
-    B = hardware.choose_micro_batch_size(
-        config.micro_batch_size, getattr(config, flag), T, machine.world_size, fits, flag
-    )
+    def fits(rows: int) -> bool:
+        if not probes:
+            return rows <= PRESETS[config.preset].micro_batch_size
+        fitted = hardware.fits_in_memory(model, rows, machine.autocast, machine.world_size)
+        return ranks.total(fitted, device) == machine.world_size  # the same answer on every rank
+
+    world_size, batch = machine.world_size, config.total_batch_size
+    # With a batch ramp, the batch of every step is a multiple of the first.
+    for flag in ("batch_ramp_start",) * (config.batch_ramp_tokens > 0) + ("total_batch_size",):
+        B = hardware.choose_micro_batch_size(
+            config.micro_batch_size, getattr(config, flag), T, world_size, fits, flag, batch
+        )
 
     # compiler, optimizers, ranks
     compiled, missing = hardware.choose_compile(config.compile, device)
@@ -784,7 +786,10 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
         scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16),
         train_windows=train_windows, val_windows=val_windows, data=data,
         micro_batch_size=B, compiled=compiled,
-        notes=hardware.ugly_dimensions(size.n_embd, size.n_head, T, B) + missing,
+        notes=[
+            *missing, *hardware.ugly_dimensions(size.n_embd, size.n_head, T, B),
+            *(hardware.small_micro_batch_note(B, batch, T, world_size) if probes else []),
+        ],
     )  # fmt: skip
     if machine.world_size > 1:
         # Every rank has the whole model and its own rows. DDP starts all ranks with equal weights
@@ -793,6 +798,8 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
         run.ddp_model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     if state:
         restore(run, state)
+    elif config.resume:
+        run.notes.append("nothing to resume: a new run")
     return run
 
 
@@ -804,32 +811,34 @@ def restore(run: Run, state: dict[str, Any]) -> None:
         run.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
     run.step, run.tokens_seen = state["step"], state["windows_seen"] * run.train_windows.block_size
+    run.notes.append(f"continuing after step {run.step}")
     before, now = state["train_config"]["max_steps"], run.config.max_steps
     if before != now:
-        new = f"max_steps was {before}, is now {now}: the learning rates change from here on"
-        run.machine.print(f"warning: {new}")
+        changed = "the learning rates change from here on"
+        run.notes.append(f"max_steps was {before}, is now {now}: {changed}")
 
 
 def save(run: Run, log: RunLog) -> str:
     """Write a checkpoint; return what failed, or an empty string. All ranks must call it."""
     # each rank has a part of Muon's momentum, and state_dict() collects the parts
     states = {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}
-    if not run.machine.is_main:
+
+    def write() -> str:
+        path, start = run.config.out_dir / f"ckpt_{run.step:06d}.pt", time.perf_counter()
+        state = checkpoint.run_state(
+            model=run.model, optimizers=states, scaler=run.scaler.state_dict(), step=run.step,
+            windows_seen=run.tokens_seen // run.train_windows.block_size,
+            model_config=plain(run.model.config), train_config=plain(run.config), data=run.data,
+        )  # fmt: skip
+        try:
+            with advice(f"continue from the previous checkpoint in {path.parent} with --resume"):
+                checkpoint.write_checkpoint(path, state, run.config.keep_checkpoints)
+        except OSError as error:  # the disk is full: next time there may be room
+            return f"{path} could not be written ({error}): make room"
+        log.write("checkpoint", run.step, path=str(path), seconds=time.perf_counter() - start)
         return ""
-    path = run.config.out_dir / f"ckpt_{run.step:06d}.pt"
-    state = checkpoint.run_state(
-        model=run.model, optimizers=states, scaler=run.scaler.state_dict(), step=run.step,
-        windows_seen=run.tokens_seen // run.train_windows.block_size,
-        model_config=plain(run.model.config), train_config=plain(run.config), data=run.data,
-    )  # fmt: skip
-    start = time.perf_counter()
-    try:
-        with advice(f"continue from the previous checkpoint in {path.parent} with --resume"):
-            checkpoint.write_checkpoint(path, state, run.config.keep_checkpoints)
-    except OSError as error:  # the disk is full: next time there may be room
-        return f"{path} could not be written ({error}): make room"
-    log.write("checkpoint", run.step, path=str(path), seconds=time.perf_counter() - start)
-    return ""
+
+    return ranks.on_rank_0(write)
 
 
 # -----------------------------------------------------------------------------
@@ -842,74 +851,71 @@ def train(config: TrainConfig) -> None:
     Raises ValueError or OSError for what the user has to correct.
     """
     signals = collect_stop_signals()  # they end the run after a whole step, with a checkpoint
-    with set_up_machine(config) as machine, contextlib.ExitStack() as stack:
-        if machine.is_main:
+    run = None
+    try:
+        with set_up_machine(config) as machine, contextlib.ExitStack() as stack:
             in_use = "wait until it ends, or choose another --out_dir"  # two runs would damage both
             with advice(in_use, ValueError), advice("choose another --out_dir", OSError):
-                stack.enter_context(locked(config.out_dir))
-        run = prepare(config, machine)
-        if run.finished:
-            spent = f"{run.step} steps, {run.tokens_seen:,} tokens"
-            machine.print(f"{config.out_dir}: the run is finished: {spent}")
-        else:
-            train_loop(run, signals)
-        if not run.finished:
-            machine.print("stopped as asked: continue with the same command and --resume")
-    if not run.finished and "RANK" not in os.environ:
-        sys.exit(128 + signals[0])  # under torchrun this would count as a failure
+                ranks.on_rank_0(stack.enter_context, locked(config.out_dir))
+            run = prepare(config, machine)
+            if run.finished:
+                machine.print(f"{config.out_dir}: the run is finished after {run.step} steps")
+            else:
+                train_loop(run, stack.enter_context(open_log(run)), signals)
+    except (hardware.OutOfMemory, hardware.DeviceError, ranks.LostRankError) as error:
+        saved, B = checkpoint.checkpoint_paths(config.out_dir), run.micro_batch_size if run else 1
+        what_to_do = "use --resume" if saved else "start again"
+        if isinstance(error, hardware.OutOfMemory):
+            smaller = max((n for n in range(1, B) if B % n == 0), default=0)
+            what_to_do += f" with --micro_batch_size {smaller}"
+            if not smaller:
+                what_to_do = "lower --block_size, or give a smaller --preset"
+        error.add_note(what_to_do)
+        raise
+    if not run.finished:
+        machine.print("stopped as asked: continue with the same command and --resume")
+        if "RANK" not in os.environ:  # under torchrun this would count as a failure
+            sys.exit(128 + signals[0])
 
 
 def open_log(run: Run) -> RunLog:
     """Open metrics.jsonl and write down what this run is."""
     config, machine, model = run.config, run.machine, run.model
     log = RunLog(config.out_dir, run.step, machine.is_main, config.tensorboard, config.wandb)
-    cuda = machine.device.type == "cuda"
     log.write(
         "run", run.step, config=plain(config), model_config=plain(model.config),  # as JSON types
-        n_params=model.n_params, data=run.data,
+        n_params=model.n_params, data=run.data, device=hardware.device_name(machine.device),
         micro_batch_size=run.micro_batch_size, world_size=machine.world_size, compile=run.compiled,
-        device=torch.cuda.get_device_name(machine.device) if cuda else machine.device.type,
         dtype=str(machine.dtype).removeprefix("torch."),  # of matrix products
         passes=config.budget / (len(run.train_windows) * model.config.block_size),  # epochs
     )  # fmt: skip
     for note in run.notes:
         machine.print(f"note: {note}")
-    if config.resume:
-        resumed = f"continuing after step {run.step}"
-        machine.print(resumed if run.step else "nothing to resume: a new run")
     return log
 
 
-def log_step(
-    log: RunLog, run: Run, result: StepResult, rates: dict[str, float], batch_tokens: int, dt: float
-) -> None:
-    """Record a step of `dt` seconds, or that it was not applied and on which windows."""
-    if not result.applied:
-        T = run.model.config.block_size
-        windows = [(run.tokens_seen - batch_tokens) // T, run.tokens_seen // T]  # to look at
-        why = f"loss {result.loss}, gradient norm {result.grad_norm}"
-        log.write("skip", run.step, why=why, windows=windows)
+def log_step(log: RunLog, run: Run, result: StepResult, batch_tokens: int, **values: float) -> None:
+    """Record a step with these rates and times, or that it was not applied and on which windows."""
+    if result.applied:
+        log.write(
+            "train", run.step, loss=result.loss, grad_norm=result.grad_norm, **values,
+            batch_tokens=batch_tokens, tokens_seen=run.tokens_seen, data_wait=result.data_wait,
+        )  # fmt: skip
         return
-    size, machine = run.model.config, run.machine
-    flops = hardware.flops_per_token(run.model.n_params, size.n_layer, size.n_embd, size.block_size)
-    log.write(
-        "train", run.step, loss=result.loss, **rates, grad_norm=result.grad_norm, dt=dt,
-        batch_tokens=batch_tokens, tokens_seen=run.tokens_seen,
-        mfu=hardware.mfu(flops * batch_tokens, dt, machine.device, machine.world_size),  # of peak
-        tokens_per_sec=batch_tokens / dt, data_wait=result.data_wait,  # the wait is part of dt
-    )  # fmt: skip
+    T = run.model.config.block_size
+    windows = [(run.tokens_seen - batch_tokens) // T, run.tokens_seen // T]  # to look at
+    why = f"loss {result.loss}, gradient norm {result.grad_norm}"
+    log.write("skip", run.step, why=why, windows=windows)
 
 
-def train_loop(run: Run, signals: list[int]) -> None:
+def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
     """Take steps until the budget is spent or a signal has arrived on some rank."""
     config, machine, model = run.config, run.machine, run.model
     B, T, cuda = run.micro_batch_size, model.config.block_size, machine.device.type == "cuda"
-    log = open_log(run)  # rank 0 writes; on other ranks it does nothing
 
     # How often, in steps. HellaSwag and samples need GPT-2's tokens. HellaSwag is slow on a CPU.
     gpt2_ids = model.config.vocab_size == 50257
-    default = 250 if cuda else 0
-    hellaswag_every = default if config.hellaswag_every is None else config.hellaswag_every
+    hellaswag_every = 250 * cuda if config.hellaswag_every is None else config.hellaswag_every
     questions = questions_for_training(machine) if hellaswag_every and gpt2_ids else None
     every = {
         "val": config.eval_every,
@@ -921,7 +927,7 @@ def train_loop(run: Run, signals: list[int]) -> None:
     val_tokens = config.val_tokens or (10485760 if cuda else 65536)
     n_val = min(len(run.val_windows), max(1, val_tokens // T))
     # What a resumed run has logged at this step already. Rank 0 knows it, and all must agree.
-    done = {e for e in ("val", "hellaswag", "sample") if machine.sum((e, run.step) in log.kept)}
+    done = ranks.on_rank_0(lambda: {e for e, step in log.kept if step == run.step})
     done.add("checkpoint")  # before the first step there is nothing new to save
     batches = micro_batches(run.train_windows, config, B, machine, run.step, run.tokens_seen)
     stopping, skipped, unsaved = False, 0, ""  # asked to stop; steps skipped in a row; what failed
@@ -939,10 +945,9 @@ def train_loop(run: Run, signals: list[int]) -> None:
             log.write("hellaswag", run.step, **score(model, questions, machine))
 
         # once in a while: what does it write? (the same prompt and seed each time, to compare)
-        if "sample" in due and machine.is_main:
-            with machine.autocast:  # `model`, not `ddp_model`: the other ranks take no part
-                for text in sample_text(model, config.seed):
-                    log.write("sample", run.step, text=text)
+        if "sample" in due:  # `model`, not `ddp_model`: rank 0 writes while the other ranks wait
+            for text in ranks.on_rank_0(sample_text, model, config.seed, machine.autocast):
+                log.write("sample", run.step, text=text)
 
         # once in a while, and before leaving: save everything that the next step depends on
         if "checkpoint" in due or run.finished or stopping:
@@ -950,11 +955,10 @@ def train_loop(run: Run, signals: list[int]) -> None:
         if run.finished or stopping:
             if unsaved:  # this must not look like success
                 raise OSError(f"{unsaved} and continue with --resume")
-            if run.finished and machine.is_main:  # the final weights, for other programs
+            if run.finished:  # the final weights, for other programs
                 weights, folder = dict(model.named_parameters()), config.out_dir / "hf"
                 with advice(f"make room, or empty {folder}, then run export.py"):
-                    write_huggingface(plain(model.config), weights, folder)
-            log.close()
+                    ranks.on_rank_0(write_huggingface, plain(model.config), weights, folder)
             return
         if unsaved:  # the older checkpoints are still there, so training may continue
             log.say(f"warning: {unsaved}")
@@ -962,26 +966,22 @@ def train_loop(run: Run, signals: list[int]) -> None:
         # one step: batch size and learning rates are those of this place in the budget
         batch_tokens = step_batch_tokens(config, run.tokens_seen)
         rates = set_learning_rates(run.optimizers, config, run.tokens_seen, batch_tokens)
-        # each rank reads its part of the batch in micro-batches of B rows, one after the other
-        grad_accum_steps = batch_tokens // (B * T * machine.world_size)
+        # each rank reads its part of the batch in micro-batches, one after the other
+        rows = hardware.rows_of_step(B, batch_tokens, T, machine.world_size)
+        grad_accum_steps = batch_tokens // (rows * T * machine.world_size)
         watching = "stats" in due and machine.is_main  # one rank is enough: all have equal weights
         watch = LayerStats(model, run.optimizers) if watching else contextlib.nullcontext()
         start = time.perf_counter()  # dt is training alone, without evaluation and saving
-        try:
-            with watch as stats:
-                result = train_step(
-                    run.ddp_model, run.optimizers, run.scaler, batches, grad_accum_steps,
-                    config.grad_clip, machine, stop=bool(signals),
-                )  # fmt: skip
-        except torch.OutOfMemoryError:
-            smaller = f"--resume with --micro_batch_size {max(1, B // 2)}"
-            raise ValueError(f"out of GPU memory in step {run.step}: {smaller}") from None
+        with watch as stats:
+            result = train_step(
+                run.ddp_model, run.optimizers, run.scaler, batches, grad_accum_steps,
+                config.grad_clip, machine, stop=bool(signals),
+            )  # fmt: skip
         dt = time.perf_counter() - start  # train_step has waited for the backward pass
         run.tokens_seen += batch_tokens  # also of a skipped step: its data is not tried again
         stopping = result.stop  # the same on all ranks: else some would wait forever
 
-        # log it
-        log_step(log, run, result, rates, batch_tokens, dt)
+        log_step(log, run, result, batch_tokens, **rates, dt=dt)
         if stats and result.applied:
             log.write("stats", run.step, **stats.values(result.grad_norm))
         skipped = 0 if result.applied else skipped + 1  # one bad batch is harmless, many are not
@@ -992,7 +992,8 @@ def train_loop(run: Run, signals: list[int]) -> None:
 
 
 def main() -> None:
-    run_command(TrainConfig, train)
+    outlive_console()
+    run_command(TrainConfig, train, ranks.fail)
 
 
 if __name__ == "__main__":

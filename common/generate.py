@@ -6,12 +6,14 @@ and ask again. Shapes as in train_gpt2.py; B is the number of samples.
 
 import codecs
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.hardware import attention_for_any_shape
 from common.tokenizer import EOT, encode, get_tokenizer
 
 
@@ -99,7 +101,8 @@ def stream(
         used = caches[0].used
         positions = torch.arange(used, used + new.size(1), device=device)
         # Only the last position predicts a token that we do not have yet.
-        x = model.hidden(new, positions, caches=caches)[:, -1]  # (B, C)
+        with attention_for_any_shape():
+            x = model.hidden(new, positions, caches=caches)[:, -1]  # (B, C)
         logits = model.lm_head(x)[:, :vocab_size]  # (B, vocabulary), without the padded ids
         if len(idx) < num_samples:
             idx, logits = idx.expand(num_samples, -1), logits.expand(num_samples, -1)
@@ -138,13 +141,13 @@ def stream_text(model: nn.Module, prompt: str, **settings: int | float) -> Itera
     yield [d.decode(b"", final=True) for d in decoders]
 
 
-def sample_text(model: nn.Module, seed: int) -> list[str]:
+def sample_text(model: nn.Module, seed: int, autocast: torch.autocast | None = None) -> list[str]:
     """Return two continuations of a fixed prompt: samples of one run can be compared."""
     prompt, training = "Hello, I'm a language model,", model.training
     ids = encode(prompt).tolist()
     model.eval()
     # not compiled: torch would compile again for every new length
-    with torch.compiler.set_stance("force_eager"):
+    with autocast or nullcontext(), torch.compiler.set_stance("force_eager"):
         rows = generate(model, ids, num_samples=2, max_new_tokens=32, seed=seed)
     model.train(training)
     return [prompt + get_tokenizer().decode(row) for row in rows]

@@ -1,11 +1,15 @@
 """Helpers for several test files: small shards and models, a short run, the command lines."""
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -84,7 +88,8 @@ def four_rows_fit(monkeypatch) -> None:
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
     """Training in this process must not take Ctrl-C away from pytest."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    handlers = {n: signal.getsignal(n) for n in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -138,3 +143,52 @@ def run_command_line(*args: str, ranks: int = 0, **popen) -> subprocess.Complete
     return subprocess.run(
         words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, **popen
     )
+
+
+# Ranks without torchrun: a server that has imported all this starts them in no time.
+START = multiprocessing.get_context("forkserver")
+START.set_forkserver_preload(["conftest"])
+
+
+class Ended(NamedTuple):
+    """What a rank has left."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_ranks(folder: Path, body: Callable, world_size: int, *args: Any) -> list[Ended]:
+    """Call `body(rank, *args)` in as many processes; return what each has left."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = str(sock.getsockname()[1])
+    env = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        START.Process(target=be_rank, args=(n, env, folder / str(n), body, args))
+        for n in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    ended = []
+    for n, process in enumerate(processes):
+        process.join(timeout=60)
+        process.kill()
+        texts = [(folder / str(n)).with_suffix(s).read_text() for s in (".out", ".err")]
+        ended.append(Ended(process.exitcode, *texts))
+    return ended
+
+
+def be_rank(rank: int, env: dict[str, str], output: Path, body: Callable, args: tuple) -> None:
+    """Be one rank, with stdout and stderr in files."""
+    os.environ.update(env, RANK=str(rank))
+    for name, number in (("out", 1), ("err", 2)):
+        os.dup2(os.open(output.with_suffix(f".{name}"), os.O_CREAT | os.O_WRONLY), number)
+    body(rank, *args)
+
+
+def error_lines(ended: list[Ended]) -> list[str]:
+    """The error lines of all ranks. No rank may print a traceback."""
+    text = "".join(rank.err for rank in ended)
+    assert "Traceback" not in text, text
+    return [line for line in text.splitlines() if ": error: " in line]

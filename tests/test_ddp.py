@@ -1,22 +1,56 @@
-"""Two processes under torchrun do what one process does."""
+"""Several processes do what one process does, and agree on what they start from."""
+
+import shutil
+import sys
+import time
+from pathlib import Path
 
 import pytest
-from conftest import RUN, flags, losses, read_metrics, run_command_line, run_train
+import torch
+from conftest import (
+    ROOT,
+    RUN,
+    Ended,
+    error_lines,
+    flags,
+    losses,
+    read_metrics,
+    run_command_line,
+    run_ranks,
+    run_train,
+    write_shards,
+)
+
+import train_gpt2
+from common import ranks
+from common.checkpoint import read_checkpoint
 
 
-def run_two_ranks(data_dir, out_dir, **changes):
-    settings = flags(**{**RUN, "data_dir": data_dir, "out_dir": out_dir, **changes})
-    result = run_command_line("train_gpt2.py", *settings, ranks=2)
-    assert result.returncode == 0, result.stderr
-    return result
+def be_command(rank: int, settings: list[dict]) -> None:
+    """Be `python train_gpt2.py`, with the settings of this rank."""
+    ranks.PATIENCE = 0.4
+    sys.argv = ["train_gpt2.py", *flags(**{**RUN, **settings[rank]})]
+    train_gpt2.main()
+
+
+def train_ranks(tmp_path: Path, *settings: dict) -> list[Ended]:
+    return run_ranks(tmp_path, be_command, len(settings), list(settings))
+
+
+def ended_well(ended: list[Ended]) -> bool:
+    assert [rank.code for rank in ended] == [0] * len(ended), ended
+    return True
 
 
 # Muon's bfloat16 makes more of the ranks' other order of summing
 @pytest.mark.parametrize(("optimizer", "within"), [("adamw", 1e-5), ("muon", 1e-4)])
 def test_two_ranks_equal_one_process(data_dir, tmp_path, optimizer, within):
     run_train(data_dir, tmp_path / "one", optimizer=optimizer)
-    result = run_two_ranks(data_dir, tmp_path / "two", optimizer=optimizer)
-    assert result.stdout.count("step 5: validation loss") == 1, "rank 0 alone prints"
+    settings = dict(data_dir=data_dir, out_dir=tmp_path / "two", optimizer=optimizer)
+    ended = train_ranks(tmp_path, settings, settings)
+    assert ended_well(ended)
+    assert ended[0].out.count("step 5: validation loss") == 1
+    assert ended[1].out == "", "rank 0 alone prints"
     one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
     assert len(losses(one)) == 10
     for a, b in zip(losses(one), losses(two), strict=True):
@@ -25,9 +59,170 @@ def test_two_ranks_equal_one_process(data_dir, tmp_path, optimizer, within):
     assert validation[0] == pytest.approx(validation[1], abs=within)
 
 
-def test_a_mistake_is_printed_once(data_dir, tmp_path):
+def test_under_torchrun_a_mistake_is_printed_once(data_dir, tmp_path):
     settings = flags(**{**RUN, "data_dir": data_dir, "out_dir": tmp_path, "micro_batch_size": 3})
     result = run_command_line("train_gpt2.py", *settings, ranks=2)
     assert result.returncode != 0
     assert result.stderr.count("train_gpt2.py: error: micro_batch_size 3") == 1
     assert 'train_gpt2.py", line' not in result.stderr, "torchrun has a traceback of its own"
+
+
+# -----------------------------------------------------------------------------
+# agreement
+
+
+@pytest.mark.parametrize("others_see", ["nothing", "an older checkpoint"])
+def test_all_ranks_continue_from_the_checkpoint_that_rank_0_sees(data_dir, tmp_path, others_see):
+    # a network file system may show the newest file to the node that wrote it alone
+    whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
+    settings = dict(optimizer="muon", max_steps=8, checkpoint_every=2, keep_checkpoints=0)
+    run_train(data_dir, whole, **settings)
+    for folder, steps in ((first, 6), (second, 4)):
+        folder.mkdir()
+        shutil.copy(whole / f"ckpt_{steps:06d}.pt", folder)
+    if others_see == "nothing":
+        shutil.rmtree(second)
+    settings |= dict(data_dir=data_dir, resume=True)
+    ended = train_ranks(tmp_path, *({**settings, "out_dir": out} for out in (first, second)))
+    assert ended_well(ended) and "continuing after step 6" in ended[0].out
+    expected = [line for line in losses(read_metrics(whole)) if line[0] >= 6]
+    for a, b in zip(expected, losses(read_metrics(first)), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    end, resumed = (read_checkpoint(folder / "ckpt_000008.pt") for folder in (whole, first))
+    for kind in ("optimizer", "muon"):
+        for number, state in end[kind]["state"].items():
+            for name, value in state.items():
+                other = resumed[kind]["state"][number][name]
+                assert torch.allclose(torch.as_tensor(value), torch.as_tensor(other), atol=1e-4)
+
+
+def test_ranks_with_other_data_are_refused_with_both_fingerprints(data_dir, tmp_path):
+    other = write_shards(tmp_path / "other", {"a_val_0.npy": 1000, "a_train_1.npy": 1700})
+    one, two = dict(data_dir=data_dir, out_dir=tmp_path / "log"), dict(data_dir=other)
+    ended = train_ranks(tmp_path, one, {**one, **two})
+    (line,) = error_lines(ended)
+    marks = [train_gpt2.fingerprint(folder) for folder in (other, data_dir)]
+    assert f"error: data is {marks[0]} on rank 1 and {marks[1]} on rank 0: start all" in line
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_lr": 1e-3}, "max_lr is 0.001 on rank 1 and 0.003 on rank 0"),
+        ({"dtype": "bfloat16"}, "dtype is torch.bfloat16 on rank 1 and torch.float32 on rank 0"),
+    ],
+)
+def test_ranks_with_other_settings_are_refused(data_dir, tmp_path, change, message):
+    same = dict(data_dir=data_dir, out_dir=tmp_path / "log")
+    (line,) = error_lines(train_ranks(tmp_path, same, {**same, **change}))
+    assert message in line
+
+
+def test_a_rank_that_cannot_read_the_data_ends_all_at_once(data_dir, tmp_path):
+    same = dict(data_dir=data_dir, out_dir=tmp_path / "log")
+    ended = train_ranks(tmp_path, same, {**same, "data_dir": tmp_path / "nothing"})
+    (line,) = error_lines(ended)
+    assert line.startswith("train_gpt2.py: error: rank 1: ") and "nothing: no such folder" in line
+    assert [rank.code for rank in ended] == [2, 2]
+
+
+def run_out_of_memory(rank: int, settings: list[dict]) -> None:
+    loss = train_gpt2.GPT.loss
+
+    def limited(self, x, targets):
+        if rank == 1 and self.training:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(self, x, targets)
+
+    train_gpt2.GPT.loss = limited
+    be_command(rank, settings)
+
+
+def test_a_rank_that_runs_out_of_memory_says_so_and_no_other_rank_adds_to_it(data_dir, tmp_path):
+    same = dict(data_dir=data_dir, out_dir=tmp_path / "log")
+    ended = run_ranks(tmp_path, run_out_of_memory, 2, [same, same])
+    expected = "rank 1: out of memory: start again with --micro_batch_size 2"
+    assert error_lines(ended) == [f"train_gpt2.py: error: {expected}"]
+    assert [rank.code for rank in ended] == [2, 2]
+
+
+def test_a_run_that_is_there_already_is_refused_once_by_all(data_dir, tmp_path):
+    run_train(data_dir, tmp_path / "log", max_steps=1)
+    same = dict(data_dir=data_dir, out_dir=tmp_path / "log")
+    (line,) = error_lines(train_ranks(tmp_path, same, same))
+    assert line.startswith(f"train_gpt2.py: error: {tmp_path / 'log'} holds a run: use --resume")
+
+
+# -----------------------------------------------------------------------------
+# rank 0 works, the others wait
+
+
+def sample_slowly(rank: int, settings: list[dict]) -> None:
+    def slow(*args) -> list[str]:
+        time.sleep(2)
+        return ["once upon a time"]
+
+    train_gpt2.sample_text = slow
+    be_command(rank, settings)
+
+
+def test_sampling_may_take_longer_than_the_time_limit(data_dir, tmp_path):
+    same = dict(data_dir=data_dir, out_dir=tmp_path / "log", timeout_minutes=0.02)
+    same |= dict(sample_every=2, max_steps=2, eval_every=0, vocab_size=50257)
+    ended = run_ranks(tmp_path, sample_slowly, 2, [same, same])
+    assert ended_well(ended)
+    assert len(read_metrics(tmp_path / "log", "sample")) == 2
+
+
+# -----------------------------------------------------------------------------
+# two GPUs
+
+ON_GPUS = dict(device="cuda", dtype="float32", compile="auto")
+
+
+@pytest.mark.gpus
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_gpus_equal_one(data_dir, tmp_path, optimizer):
+    run_train(data_dir, tmp_path / "one", optimizer=optimizer, **ON_GPUS)
+    settings = {**RUN, **ON_GPUS, "data_dir": data_dir, "out_dir": tmp_path / "two"}
+    settings |= dict(optimizer=optimizer)
+    result = run_command_line("train_gpt2.py", *flags(**settings), ranks=2)
+    assert result.returncode == 0, result.stderr
+    one, two = (losses(read_metrics(tmp_path / name)) for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
+
+
+FAILING = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train_gpt2
+step = train_gpt2.train_step
+def fail(*args, **kwargs):
+    if os.environ["RANK"] == "1":
+        raise ValueError("its own")
+    return step(*args, **kwargs)
+train_gpt2.train_step = fail
+train_gpt2.main()
+"""
+
+
+@pytest.mark.gpus
+def test_with_nccl_an_error_of_one_rank_ends_all_in_seconds(data_dir, tmp_path):
+    script = tmp_path / "train_gpt2.py"
+    script.write_text(FAILING.format(root=str(ROOT)))
+    settings = {**RUN, **ON_GPUS, "data_dir": data_dir, "out_dir": tmp_path / "log"}
+    start = time.monotonic()
+    result = run_command_line(str(script), *flags(**settings, timeout_minutes=10), ranks=2)
+    assert result.returncode != 0 and time.monotonic() - start < 100
+    assert result.stderr.count("train_gpt2.py: error: rank 1: its own") == 1
+
+
+@pytest.mark.gpus
+def test_more_ranks_than_gpus_are_one_line(data_dir, tmp_path):
+    settings = {**RUN, **ON_GPUS, "data_dir": data_dir, "out_dir": tmp_path / "log"}
+    count = torch.cuda.device_count()
+    result = run_command_line("train_gpt2.py", *flags(**settings), ranks=count + 1)
+    line = f"train_gpt2.py: error: {count + 1} ranks on this machine, but torch sees {count} GPUs"
+    assert result.stderr.count(line) == 1

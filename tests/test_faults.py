@@ -3,13 +3,16 @@
 The short forms are part of `make test`; `make test-faults` runs the long ones as well.
 """
 
+import fcntl
 import json
 import os
+import pty
 import random
 import resource
 import shutil
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -29,7 +32,9 @@ from conftest import (
     write_shards,
 )
 
+import train_gpt2
 from common.checkpoint import read_checkpoint
+from common.cli import explain
 from common.files import locked
 from common.shards import open_shards
 from train_gpt2 import GPT, load_model
@@ -153,6 +158,7 @@ def test_if_every_checkpoint_is_damaged_nothing_is_deleted(data_dir, tmp_path):
         signal.SIGTERM,
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
     ],
 )
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(data_dir, tmp_path, number):
@@ -177,6 +183,82 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
     assert process.wait(timeout=5) == -signal.SIGINT
+
+
+# -----------------------------------------------------------------------------
+# the console goes away
+
+
+def start_on_terminal(
+    data_dir: Path, out_dir: Path, on_hangup: signal.Handlers, **changes
+) -> tuple[subprocess.Popen, int]:
+    """Start training as the leader of a terminal's session; also return our end of the terminal."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (24, 100))
+
+    def lead() -> None:
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, on_hangup)
+
+    env = {k: v for k, v in os.environ.items() if k not in ("CI", "PYTHONUNBUFFERED")}
+    settings = flags(**{**RUN, "data_dir": data_dir, "out_dir": out_dir, **changes})
+    process = subprocess.Popen(
+        command("train_gpt2.py", *settings), cwd=ROOT, env={**env, "OMP_NUM_THREADS": "1"},
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=lead,
+    )  # fmt: skip
+    os.close(theirs)
+    STARTED.append(process)
+    return process, ours
+
+
+def close_terminal(terminal: int) -> None:
+    """Close our end after some steps. The kernel sends SIGHUP; from then on writing gives EIO."""
+    shown = b""
+    while b"step 3, " not in shown:  # the status line
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+
+
+def test_a_closed_terminal_saves_and_the_run_can_be_continued(data_dir, tmp_path):
+    settings = dict(max_steps=60, eval_every=20)
+    process, terminal = start_on_terminal(data_dir, tmp_path / "log", signal.SIG_DFL, **settings)
+    close_terminal(terminal)
+    assert process.wait(timeout=20) == 128 + signal.SIGHUP
+    steps = [m["step"] for m in read_metrics(tmp_path / "log", "train")]
+    assert steps == list(range(len(steps))) and len(steps) < 60
+    assert (tmp_path / "log" / f"ckpt_{len(steps):06d}.pt").exists()
+    resumed = run_train(data_dir, tmp_path / "log", resume=True, **settings)
+    assert losses(resumed) == losses(run_train(data_dir, tmp_path / "undisturbed", **settings))
+
+
+def test_under_nohup_a_run_outlives_its_terminal(data_dir, tmp_path):
+    process, terminal = start_on_terminal(data_dir, tmp_path, signal.SIG_IGN, max_steps=60)
+    close_terminal(terminal)
+    assert process.wait(timeout=60) == 0
+    assert len(read_metrics(tmp_path, "train")) == 60 and (tmp_path / "hf").exists()
+
+
+@pytest.mark.slow  # test_cli.py has the short form
+def test_a_run_outlives_the_reader_of_its_output(data_dir, tmp_path):
+    process = start(data_dir, tmp_path, max_steps=60)
+    wait_for(process, "step 3:")
+    process.stdout.close()  # as when tee is killed
+    assert process.wait(timeout=60) == 0
+    assert len(read_metrics(tmp_path, "train")) == 60 and (tmp_path / "hf").exists()
+
+
+@pytest.mark.slow
+def test_a_terminal_that_torchrun_loses_saves_and_leaves_no_rank(data_dir, tmp_path):
+    process = start(data_dir, tmp_path, ranks=2, max_steps=100_000)
+    wait_for(process, "step 3:")
+    ranks = workers(process)
+    for _ in range(2):  # the shell sends it, and the kernel
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+    process.communicate(timeout=60)
+    steps = [m["step"] for m in read_metrics(tmp_path, "train")]
+    assert [path.name for path in tmp_path.glob("ckpt_*.pt")] == [f"ckpt_{len(steps):06d}.pt"]
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
 # -----------------------------------------------------------------------------
@@ -334,8 +416,52 @@ def test_skipped_steps_with_good_ones_between_them_do_not_end_the_run(
 def test_running_out_of_memory_in_a_step_names_a_smaller_micro_batch(
     data_dir, tmp_path, four_rows_fit
 ):
-    with pytest.raises(ValueError, match=r"--resume with --micro_batch_size 4"):
-        run_train(data_dir, tmp_path, micro_batch_size=8, eval_every=0)
+    settings = dict(micro_batch_size=8, eval_every=0)
+    with pytest.raises(ValueError, match=r"^out of memory\nstart again with --micro_batch_size 4$"):
+        run_train(data_dir, tmp_path / "new", **settings)
+    run_train(data_dir, tmp_path / "old", max_steps=1, eval_every=0)
+    with pytest.raises(ValueError, match=r"\nuse --resume with --micro_batch_size 4$"):
+        run_train(data_dir, tmp_path / "old", resume=True, **settings)
+
+
+ONE_ROW = "lower --block_size, or give a smaller --preset"
+OUTSIDE = {  # where memory runs out: the settings, and what to do
+    "GPT.to": ({}, ONE_ROW),
+    "make_optimizers": ({}, ONE_ROW),
+    "validation_loss": ({}, "start again with --micro_batch_size 2"),
+    "validation_loss with one row": ({"micro_batch_size": 1}, ONE_ROW),
+    "score": ({"hellaswag_every": 1, "vocab_size": 50257}, "start again with --micro_batch_size 2"),
+    "sample_text": ({"sample_every": 1, "vocab_size": 50257}, "start again with --micro_batch"),
+    "train_step": ({}, "start again with --micro_batch_size 2"),
+}
+TORCH_SAYS = {
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee ..."): True,
+    RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB)"): True,  # no kind of its own
+    RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel"): False,
+}
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
+def test_running_out_of_memory_anywhere_is_one_line_with_what_to_do(
+    data_dir, tmp_path, monkeypatch, place
+):
+    settings, what_to_do = OUTSIDE[place]
+    monkeypatch.setattr(train_gpt2, "questions_for_training", lambda machine: ["a question"])
+    for number, (error, is_memory) in enumerate(TORCH_SAYS.items()):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(f"train_gpt2.{place.split()[0]}", fail)
+        with pytest.raises((ValueError, OSError)) as caught:
+            run_train(data_dir, tmp_path / str(number), eval_every=1, **settings)
+        line = explain(caught.value)
+        assert "\n" not in line
+        if is_memory:
+            assert line.startswith(f"out of memory: {what_to_do}")
+        else:
+            fault = "CUDA error: an illegal memory access was encountered"
+            assert line == f"device cpu: {fault}: start again"
 
 
 # -----------------------------------------------------------------------------

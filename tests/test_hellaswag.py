@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import sys
 import time
 import urllib.error
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import error_lines, run_ranks, save
 
 import hellaswag
 import train_gpt2
@@ -377,16 +379,43 @@ def test_a_cache_that_cannot_be_written_is_not_called_a_failed_download(web, tmp
 
 def test_training_continues_without_the_data_and_says_so_once(web, data, capsys):
     web.error = TimeoutError("timed out")
-    machines = [Machine(CPU.device, CPU.dtype, rank) for rank in (0, 1)]
-    assert hellaswag.questions_for_training(machines[0]) is None
+    assert hellaswag.questions_for_training(CPU) is None
     printed = capsys.readouterr().out
     assert printed.startswith("note: no HellaSwag in this run: ") and printed.count("\n") == 1
     assert str(web.file) in printed and "--data" not in printed, "train_gpt2.py has no such flag"
     web.error = None
     expected = hellaswag.load_questions(data, "completion")
-    assert hellaswag.questions_for_training(machines[0]) == expected and web.requests == 2
-    assert hellaswag.questions_for_training(machines[1]) == expected and web.requests == 2
+    assert hellaswag.questions_for_training(CPU) == expected and web.requests == 2
     assert capsys.readouterr().out == ""
+
+
+def be_command(rank: int, first: Path, out: Path) -> None:
+    """Be `python hellaswag.py`. Only rank 0 is on the node that has the files."""
+    os.chdir(first if rank == 0 else out)
+    words = ["--model", "model.pt", "--data", "examples.jsonl", "--out", str(out / "results")]
+    sys.argv = ["hellaswag.py", *words, "--device", "cpu", "--dtype", "float32"]
+    hellaswag.main()
+
+
+def test_only_the_first_node_needs_the_files(tmp_path, data):
+    save(random_model(64), tmp_path / "model.pt")
+    results = []
+    for world_size in (1, 2):
+        out = tmp_path / str(world_size)
+        out.mkdir()
+        ended = run_ranks(out, be_command, world_size, tmp_path, out)
+        assert [rank.code for rank in ended] == [0] * world_size, ended
+        assert sum("HellaSwag, style" in rank.out for rank in ended) == 1
+        lines = [json.loads(line) for line in (out / "results").read_text().splitlines()]
+        results.append([line["losses"] for line in lines[:-1]])
+    assert np.allclose(*results)
+
+
+def test_a_file_that_is_missing_is_one_error_of_all_ranks(tmp_path):
+    ended = run_ranks(tmp_path, be_command, 2, tmp_path, tmp_path)
+    (line,) = error_lines(ended)
+    assert line == "hellaswag.py: error: examples.jsonl: no such file: check --data"
+    assert [rank.code for rank in ended] == [2, 2]
 
 
 # -----------------------------------------------------------------------------

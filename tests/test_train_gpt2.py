@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import RUN, SMALL, all_files, flags, run_command_line, run_train, write_shards
 
 from common.hardware import flops_per_token, ugly_dimensions
@@ -274,6 +275,52 @@ def test_without_dropout_the_loader_leaves_the_generator_alone(data_dir):
     batches.close()
 
 
+def test_with_a_ramp_the_micro_batch_grows_with_the_batch(data_dir):
+    # it must divide the first batch, 2 rows on each of two ranks, but need not stay that small
+    settings = dict(batch_ramp_tokens=1024, batch_ramp_start=64, total_batch_size=256)
+    config = TrainConfig(**{**RUN, "data_dir": data_dir, **settings})
+    windows = Windows(data_dir, "train", 16, 300)
+    ranks = [dataclasses.replace(CPU, rank=rank, world_size=2) for rank in (0, 1)]
+    taken = [[x for x, _ in micro_batches(windows, config, 8, rank, 0, 0)] for rank in ranks]
+    sizes = [[len(x) for x in rows] for rows in taken]
+    assert sizes[0] == sizes[1], "the ranks take turns with as many rows each"
+    assert sizes[0][0] == 2 and set(sizes[0]) == {2, 4, 8} and sizes[0].count(8) == 5
+    seen = windows.read(windows.stream(0, 2 * sum(sizes[0]), RUN_SEED))[0]
+    rows = torch.cat(taken[0] + taken[1]).tolist()
+    assert Counter(map(tuple, rows)) == Counter(map(tuple, seen.tolist()))
+
+
+class Copies:
+    """Record how rows go to a device, instead of copying them."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.pinned = [], []
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda rows: self.pin(rows))
+        monkeypatch.setattr(torch.Tensor, "to", lambda rows, *_, **how: self.copy(rows, **how))
+
+    def pin(self, rows):
+        self.pinned.append(rows)
+        return rows
+
+    def copy(self, rows, non_blocking=False):
+        pinned = any(rows is other for other in self.pinned)
+        self.calls.append((rows.is_contiguous(), pinned, non_blocking))
+        return rows
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_only_pinned_memory_is_copied_while_the_cpu_goes_on(data_dir, monkeypatch, kind):
+    # from other memory MPS reads rows that are freed already (pytorch#189690), and CUDA waits; rows
+    # with gaps would be copied on this thread first
+    config = TrainConfig(**{**RUN, "data_dir": data_dir})
+    machine, cuda = Machine(torch.device(kind), torch.float32), kind == "cuda"
+    copies = Copies(monkeypatch)
+    batches = micro_batches(Windows(data_dir, "train", 16, 300), config, 8, machine, 0, 0)
+    next(batches)
+    batches.close()
+    assert copies.calls == [(True, cuda, cuda)] * 2, "inputs and targets"
+
+
 def test_llm_c_shards_give_the_same_windows(data_dir, tmp_path):
     for path in data_dir.glob("*.npy"):
         tokens = np.load(path)
@@ -491,6 +538,33 @@ def test_compiling_evaluating_and_sampling_work_together(data_dir, tmp_path):
         a, b = ([m["loss"] for m in run if m["event"] == event] for run in (plain, compiled))
         assert a == pytest.approx(b, abs=1e-4) and len(a) >= 3
     assert sum(m["event"] == "sample" for m in compiled) == 6
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    torch._dynamo.reset()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    torch._dynamo.reset()
+
+
+def test_under_ddp_a_block_is_one_graph(one_rank, monkeypatch):
+    # DDPOptimizer would cut it where 25 MB of gradients are full: a block of this width has 28 MB
+    graphs, really_compile = [], torch.compile
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda part, **_: really_compile(part, backend=count))
+    model = GPT(GPTConfig(n_layer=2, n_head=12, n_embd=768, block_size=16, vocab_size=300))
+    compile_model(model)
+    ddp_model = torch.nn.parallel.DistributedDataParallel(model)
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    ddp_model(ids, ids).backward()
+    assert len(graphs) == 2, "one that both blocks share, and the loss"
 
 
 def test_a_compiled_block_keeps_little_for_the_backward_pass():
