@@ -432,7 +432,7 @@ def bench(config: BenchConfig) -> None:
 
 
 def main() -> None:
-    outlive_console()
+    outlive_console("stderr")  # stdout is the result: it must not get lost
     run_command(BenchConfig, bench)
 
 

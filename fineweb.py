@@ -377,7 +377,7 @@ def verify(config: DataConfig) -> None:
 
 def main() -> None:
     """Tokenise, or with --verify check the shards."""
-    outlive_console()
+    outlive_console("stdout", "stderr")
     try:
         run_command(DataConfig, lambda config: (verify if config.verify else tokenize)(config))
     except KeyboardInterrupt:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from common import ranks
-from common.cli import advice, outlive_console, run_command
+from common.cli import advice, outlive_console, quiet_interrupt, run_command
 from common.files import write_atomically
 from common.hardware import Device, Dtype, OutOfMemory, attention_for_any_shape
 from common.tokenizer import EOT, encode
@@ -392,8 +392,9 @@ def main() -> None:
         ):
             evaluate(config, machine, load_model)
 
-    outlive_console()
-    run_command(HellaSwagConfig, run, ranks.fail)
+    outlive_console("stderr")  # stdout is the result: it must not get lost
+    with quiet_interrupt():
+        run_command(HellaSwagConfig, run, ranks.fail)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.cli import advice, run_command
+from common.cli import advice, quiet_interrupt, run_command
 from common.generate import stream_text
 from common.hardware import Device, OutOfMemory
 from common.tokenizer import encode
@@ -189,10 +189,8 @@ def sample(config: SampleConfig) -> None:
 
 
 def main() -> None:
-    try:
+    with quiet_interrupt():
         run_command(SampleConfig, sample)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Shapes: B rows (sequences) of a micro-batch, T tokens of a row, C width of the r
 
 import contextlib
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -34,8 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import checkpoint, hardware, ranks
-from common.cli import advice, collect_stop_signals, outlive_console, plain, run_command
+from common import checkpoint, cli, hardware, ranks
+from common.cli import advice, plain
 from common.files import locked
 from common.generate import sample_text
 from common.huggingface import write_huggingface
@@ -664,7 +663,7 @@ def validation_loss(model: GPT, windows: Windows, n: int, B: int, machine: Machi
             total += model(x.to(machine.device), y.to(machine.device)).item() * rows
     model.train()
     # sums, not means of means: the result is the same for any number of ranks
-    return ranks.total(total, machine.device) / n
+    return ranks.all_sum(total, machine.device) / n
 
 
 # -----------------------------------------------------------------------------
@@ -687,6 +686,7 @@ class Run:
     micro_batch_size: int
     compiled: bool
     notes: list[str]  # for the console, before the first step
+    saved: bool  # there is a checkpoint to continue from
     step: int = 0  # updates done
     tokens_seen: int = 0
 
@@ -759,20 +759,17 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
     train_windows, val_windows = open_windows(config, T, size.vocab_size)
 
     # the micro-batch: large products keep the device busy, so as many rows as fit into memory
-    probes = device.type == "cuda"  # elsewhere a lack of memory ends the process
-
     def fits(rows: int) -> bool:
-        if not probes:
+        if device.type != "cuda":  # elsewhere the system lends memory that it does not have
             return rows <= PRESETS[config.preset].micro_batch_size
         fitted = hardware.fits_in_memory(model, rows, machine.autocast, machine.world_size)
-        return ranks.total(fitted, device) == machine.world_size  # the same answer on every rank
+        return ranks.all_sum(fitted, device) == machine.world_size  # the same answer on every rank
 
-    world_size, batch = machine.world_size, config.total_batch_size
-    # With a batch ramp, the batch of every step is a multiple of the first.
-    for flag in ("batch_ramp_start",) * (config.batch_ramp_tokens > 0) + ("total_batch_size",):
-        B = hardware.choose_micro_batch_size(
-            config.micro_batch_size, getattr(config, flag), T, world_size, fits, flag, batch
-        )
+    asked, world_size, batch = config.micro_batch_size, machine.world_size, config.total_batch_size
+    if config.batch_ramp_tokens:  # the batch of every step is a multiple of the first
+        first, flag = config.batch_ramp_start, "batch_ramp_start"
+        hardware.choose_micro_batch_size(asked or 1, first, T, world_size, fits, flag, batch)
+    B = hardware.choose_micro_batch_size(asked, batch, T, world_size, fits, "total_batch_size")
 
     # compiler, optimizers, ranks
     compiled, missing = hardware.choose_compile(config.compile, device)
@@ -785,10 +782,10 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
         # above, and lowers its factor when a large one overflows. bfloat16 has float32's range.
         scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16),
         train_windows=train_windows, val_windows=val_windows, data=data,
-        micro_batch_size=B, compiled=compiled,
+        micro_batch_size=B, compiled=compiled, saved=state is not None,
         notes=[
             *missing, *hardware.ugly_dimensions(size.n_embd, size.n_head, T, B),
-            *(hardware.small_micro_batch_note(B, batch, T, world_size) if probes else []),
+            *(hardware.small_micro_batch_note(B, batch, T, world_size) * (device.type == "cuda")),
         ],
     )  # fmt: skip
     if machine.world_size > 1:
@@ -850,7 +847,6 @@ def train(config: TrainConfig) -> None:
 
     Raises ValueError or OSError for what the user has to correct.
     """
-    signals = collect_stop_signals()  # they end the run after a whole step, with a checkpoint
     run = None
     try:
         with set_up_machine(config) as machine, contextlib.ExitStack() as stack:
@@ -858,23 +854,24 @@ def train(config: TrainConfig) -> None:
             with advice(in_use, ValueError), advice("choose another --out_dir", OSError):
                 ranks.on_rank_0(stack.enter_context, locked(config.out_dir))
             run = prepare(config, machine)
+            signals = cli.collect_stop_signals()  # they end the run after a whole step, and save
             if run.finished:
                 machine.print(f"{config.out_dir}: the run is finished after {run.step} steps")
             else:
                 train_loop(run, stack.enter_context(open_log(run)), signals)
     except (hardware.OutOfMemory, hardware.DeviceError, ranks.LostRankError) as error:
-        saved, B = checkpoint.checkpoint_paths(config.out_dir), run.micro_batch_size if run else 1
-        what_to_do = "use --resume" if saved else "start again"
+        B, what_to_do = run.micro_batch_size if run else 1, "start again"
+        if run:
+            what_to_do = "use --resume" if run.saved else "start again with another --out_dir"
         if isinstance(error, hardware.OutOfMemory):
             smaller = max((n for n in range(1, B) if B % n == 0), default=0)
-            what_to_do += f" with --micro_batch_size {smaller}"
-            if not smaller:
-                what_to_do = "lower --block_size, or give a smaller --preset"
+            one_row = "lower --block_size, or give a smaller --preset"
+            what_to_do = f"{what_to_do} and --micro_batch_size {smaller}" if smaller else one_row
         error.add_note(what_to_do)
         raise
     if not run.finished:
         machine.print("stopped as asked: continue with the same command and --resume")
-        if "RANK" not in os.environ:  # under torchrun this would count as a failure
+        if not ranks.launched():  # torchrun would count it as a failure
             sys.exit(128 + signals[0])
 
 
@@ -952,6 +949,7 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
         # once in a while, and before leaving: save everything that the next step depends on
         if "checkpoint" in due or run.finished or stopping:
             unsaved = save(run, log)
+            run.saved |= not unsaved
         if run.finished or stopping:
             if unsaved:  # this must not look like success
                 raise OSError(f"{unsaved} and continue with --resume")
@@ -992,8 +990,9 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
 
 
 def main() -> None:
-    outlive_console()
-    run_command(TrainConfig, train, ranks.fail)
+    cli.outlive_console("stdout", "stderr")
+    with cli.quiet_interrupt():
+        cli.run_command(TrainConfig, train, ranks.fail)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,15 @@ def run_command(
         fail_with(script, explain(error))
 
 
+@contextlib.contextmanager
+def quiet_interrupt() -> Iterator[None]:
+    """End the process with code 130, as a shell expects, if Ctrl-C interrupts the block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def boxed_message(box: str) -> str:
     """Return the message in a box of tyro as one line, without title, frame, hints and footer."""
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
@@ -124,15 +133,15 @@ class LossyStream:
             self.stream.flush()
 
 
-def outlive_console() -> None:
-    """Let this process go on when nobody can read its output any more.
+def outlive_console(*streams: str) -> None:
+    """Let this process go on when nobody can read its `streams` (stdout, stderr) any more.
 
     A closed terminal gives EIO, a pipe without a reader EPIPE, a log file on a full disk ENOSPC, to
     every line, progress bar and warning, and to Python itself, which then exits with code 120. For
     a long run the console is only a report. It must not end the run. Nor must a character that the
     console does not have.
     """
-    for name in ("stdout", "stderr"):
+    for name in streams:
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 - None: started with >&-
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

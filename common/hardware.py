@@ -172,6 +172,13 @@ NO_CPU_MEMORY = r"DefaultCPUAllocator|std::bad_alloc|Cannot allocate memory"
 GPU_FAULT = r"(CUDA|HIP|cuDNN|MIOpen|Triton)\b.*\berror\b"  # how torch's messages begin
 
 
+CUDA_ERRORS = tuple(
+    getattr(torch, name)
+    for name in ("OutOfMemoryError", "AcceleratorError")
+    if hasattr(torch, name)
+)
+
+
 class OutOfMemory(ValueError):  # noqa: N818 - the field's name for it
     """There is too little memory for what was asked."""
 

@@ -1,5 +1,6 @@
 """The only place that writes a run's numbers: metrics.jsonl, the console, dashboards."""
 
+import atexit
 import contextlib
 import importlib.util
 import json
@@ -80,7 +81,7 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error, one from closing would hide it. After a failed write it is the same one.
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
-            self.close()
+            self.close(at_exit=kind is not None)
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Record one event. JSON must be able to hold the values."""
@@ -107,14 +108,21 @@ class RunLog:
         if self.file is not None:
             self.console.say(line)
 
-    def close(self) -> None:
-        """Remove the status line and let the dashboards finish. Later calls write nothing."""
+    def close(self, at_exit: bool = False) -> None:
+        """Remove the status line and let the dashboards finish. Later calls write nothing.
+
+        `at_exit`: the dashboards finish when Python ends. An upload may take minutes, and after an
+        error the message must be printed first.
+        """
         if self.file is None:
             return
         file, self.file = self.file, None
         self.console.close()
         for dashboard in self.dashboards:
-            dashboard.close()
+            if at_exit:
+                atexit.register(dashboard.close)
+            else:
+                dashboard.close()
         with naming(self.path):  # a network file system may report a full disk only here
             file.close()
 

@@ -158,8 +158,13 @@ class Ended(NamedTuple):
     err: str
 
 
-def run_ranks(folder: Path, body: Callable, world_size: int, *args: Any) -> list[Ended]:
-    """Call `body(rank, *args)` in as many processes; return what each has left."""
+def run_ranks(
+    folder: Path, body: Callable, world_size: int, *args: Any, killed: int | None = None
+) -> list[Ended]:
+    """Call `body(rank, *args)` in as many processes; return what each has left.
+
+    The rank `killed` does not end by itself: it is killed after all others have ended.
+    """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
@@ -170,10 +175,13 @@ def run_ranks(folder: Path, body: Callable, world_size: int, *args: Any) -> list
     ]
     for process in processes:
         process.start()
+    for n, process in enumerate(processes):
+        if n != killed:
+            process.join(timeout=60)
     ended = []
     for n, process in enumerate(processes):
-        process.join(timeout=60)
         process.kill()
+        process.join()
         texts = [(folder / str(n)).with_suffix(s).read_text() for s in (".out", ".err")]
         ended.append(Ended(process.exitcode, *texts))
     return ended

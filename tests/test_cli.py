@@ -272,7 +272,7 @@ REPORTS = """
 import sys, warnings
 from tqdm import tqdm
 from common.cli import outlive_console, say
-outlive_console()
+outlive_console("stdout", "stderr")
 for stream in (sys.stdout, sys.stderr):
     with tqdm(total=1000, file=stream, mininterval=0) as bar:
         for n in range(1000):  # more than any buffer holds
@@ -328,7 +328,9 @@ def test_a_console_that_can_be_written_again_shows_the_next_lines():
 
 
 def test_a_character_that_the_console_does_not_have_is_escaped():
-    script = "from common.cli import outlive_console\noutlive_console()\nprint('na\u00efve')"
+    script = (
+        "from common.cli import outlive_console\noutlive_console('stdout')\nprint('na\u00efve')"
+    )
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True)
     assert (result.stdout.strip(), result.returncode) == (rb"na\xefve", 0)

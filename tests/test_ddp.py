@@ -3,6 +3,7 @@
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from conftest import (
 )
 
 import train_gpt2
-from common import ranks
+from common import checkpoint, ranks
 from common.checkpoint import read_checkpoint
 
 
@@ -142,9 +143,25 @@ def run_out_of_memory(rank: int, settings: list[dict]) -> None:
 def test_a_rank_that_runs_out_of_memory_says_so_and_no_other_rank_adds_to_it(data_dir, tmp_path):
     same = dict(data_dir=data_dir, out_dir=tmp_path / "log")
     ended = run_ranks(tmp_path, run_out_of_memory, 2, [same, same])
-    expected = "rank 1: out of memory: start again with --micro_batch_size 2"
+    expected = "rank 1: out of memory: start again with another --out_dir and --micro_batch_size 2"
     assert error_lines(ended) == [f"train_gpt2.py: error: {expected}"]
     assert [rank.code for rank in ended] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "give --total_batch_size 192 or 288"),
+        (
+            {"total_batch_size": 384, "batch_ramp_tokens": 1000, "batch_ramp_start": 64},
+            "give --batch_ramp_start 48 or 96",
+        ),
+    ],
+)
+def test_three_ranks_are_told_which_batches_they_can_share(data_dir, tmp_path, change, message):
+    same = dict(data_dir=data_dir, out_dir=tmp_path / "log", micro_batch_size=1) | change
+    (line,) = error_lines(train_ranks(tmp_path, same, same, same))
+    assert line.endswith(f"is not a multiple of block_size 16 * 3 ranks: {message}"), line
 
 
 def test_a_run_that_is_there_already_is_refused_once_by_all(data_dir, tmp_path):
@@ -158,21 +175,29 @@ def test_a_run_that_is_there_already_is_refused_once_by_all(data_dir, tmp_path):
 # rank 0 works, the others wait
 
 
-def sample_slowly(rank: int, settings: list[dict]) -> None:
-    def slow(*args) -> list[str]:
-        time.sleep(2)
-        return ["once upon a time"]
+def slow_once(work: Callable) -> Callable:
+    """Return the same function; its first call takes longer than the time limit of the test."""
+    calls = iter([4])  # seconds
 
-    train_gpt2.sample_text = slow
+    def slow(*args):
+        time.sleep(next(calls, 0))
+        return work(*args)
+
+    return slow
+
+
+def work_slowly(rank: int, settings: list[dict]) -> None:
+    train_gpt2.sample_text = slow_once(train_gpt2.sample_text)
+    train_gpt2.write_huggingface = slow_once(train_gpt2.write_huggingface)
+    checkpoint.write_checkpoint = slow_once(checkpoint.write_checkpoint)
     be_command(rank, settings)
 
 
-def test_sampling_may_take_longer_than_the_time_limit(data_dir, tmp_path):
-    same = dict(data_dir=data_dir, out_dir=tmp_path / "log", timeout_minutes=0.02)
-    same |= dict(sample_every=2, max_steps=2, eval_every=0, vocab_size=50257)
-    ended = run_ranks(tmp_path, sample_slowly, 2, [same, same])
-    assert ended_well(ended)
-    assert len(read_metrics(tmp_path / "log", "sample")) == 2
+def test_work_of_rank_0_alone_may_take_longer_than_the_time_limit(data_dir, tmp_path):
+    same = dict(data_dir=data_dir, out_dir=tmp_path / "log", timeout_minutes=0.05, max_steps=2)
+    same |= dict(eval_every=0, sample_every=5, vocab_size=50257, n_embd=16)
+    assert ended_well(run_ranks(tmp_path, work_slowly, 2, [same, same]))
+    assert (tmp_path / "log" / "hf" / "config.json").exists()
 
 
 # -----------------------------------------------------------------------------

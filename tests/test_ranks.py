@@ -1,6 +1,7 @@
 """Ranks join each other, agree, wait for rank 0, report an error once, and leave together."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -41,8 +42,14 @@ def join(rank: int, body: Callable, minutes: float) -> None:
         ranks.fail("test.py", cli.explain(error))
 
 
-def run(folder: Path, body: Callable, world_size: int = 2, minutes: float = 0.5) -> list[Ended]:
-    return run_ranks(folder, join, world_size, body, minutes)
+def run(
+    folder: Path,
+    body: Callable,
+    world_size: int = 2,
+    minutes: float = 0.5,
+    killed: int | None = None,
+) -> list[Ended]:
+    return run_ranks(folder, join, world_size, body, minutes, killed=killed)
 
 
 def codes(ended: list[Ended]) -> list[int]:
@@ -52,13 +59,26 @@ def codes(ended: list[Ended]) -> list[int]:
 def second_fails(rank: int, world_size: int) -> None:
     if rank == 1:
         raise ValueError("out of memory")
-    ranks.total(1, CPU)
+    ranks.all_sum(1, CPU)
 
 
 def test_an_error_of_one_rank_is_printed_once_with_the_rank(tmp_path):
     # the other rank is in an all-reduce, and must not add a message of its own
     results = run(tmp_path, second_fails)
     assert error_lines(results) == ["test.py: error: rank 1: out of memory"]
+    assert codes(results) == [2, 2]
+
+
+def first_fails(rank: int, world_size: int) -> None:
+    if rank == 0:
+        raise ValueError("out of memory")
+    ranks.all_sum(1, CPU)
+
+
+def test_an_error_of_the_rank_that_holds_the_store_is_printed_once_too(tmp_path):
+    # without torchrun the store is in rank 0: if it left at once, the others could not ask it why
+    results = run(tmp_path, first_fails)
+    assert error_lines(results) == ["test.py: error: rank 0: out of memory"]
     assert codes(results) == [2, 2]
 
 
@@ -76,7 +96,7 @@ def test_an_error_of_all_ranks_is_printed_once_without_a_rank(tmp_path):
 def some_fail(rank: int, world_size: int) -> None:
     if rank:
         raise OSError("no driver")
-    ranks.total(1, CPU)
+    ranks.all_sum(1, CPU)
 
 
 def test_an_error_of_some_ranks_is_printed_once_with_one_of_them(tmp_path):
@@ -96,7 +116,7 @@ def test_different_errors_are_all_printed(tmp_path):
 def second_dies(rank: int, world_size: int) -> None:
     if rank == 1:
         os._exit(9)
-    ranks.total(1, CPU)
+    ranks.all_sum(1, CPU)
 
 
 def test_a_rank_that_dies_is_an_error_of_one_line(tmp_path):
@@ -107,21 +127,21 @@ def test_a_rank_that_dies_is_an_error_of_one_line(tmp_path):
 
 def second_is_silent(rank: int, world_size: int) -> None:
     if rank == 1:
-        time.sleep(4)
+        time.sleep(7)
         os._exit(0)
-    ranks.total(1, CPU)
+    ranks.all_sum(1, CPU)
 
 
 def test_a_rank_that_is_silent_is_an_error_of_one_line(tmp_path):
-    results = run(tmp_path, second_is_silent, minutes=0.02)
-    expected = "test.py: error: rank 0: another rank has been silent for 0.02 minutes"
+    results = run(tmp_path, second_is_silent, minutes=0.05)
+    expected = "test.py: error: rank 0: another rank has been silent for 0.05 minutes"
     assert error_lines(results) == [expected]
 
 
 def long_work(rank: int, world_size: int) -> None:
     def work() -> dict:
         assert rank == 0
-        time.sleep(2.5)
+        time.sleep(4.5)
         return {"step": 3, "moments": [torch.arange(6).view(2, 3).t(), torch.tensor(1.5)]}
 
     value = ranks.on_rank_0(work)
@@ -133,7 +153,7 @@ def long_work(rank: int, world_size: int) -> None:
 
 
 def test_work_of_rank_0_may_take_longer_than_the_time_limit_and_its_result_reaches_all(tmp_path):
-    results = run(tmp_path, long_work, minutes=0.02)
+    results = run(tmp_path, long_work, minutes=0.05)
     assert [rank.out for rank in results] == ["equal\n"] * 2, results
     assert error_lines(results) == []
 
@@ -151,6 +171,30 @@ def test_an_error_of_rank_0_alone_reaches_all_ranks_with_its_kind_and_is_printed
     results = run(tmp_path, first_has_no_room)
     assert error_lines(results) == ["test.py: error: disk full: make room: then resume"]
     assert codes(results) == [2, 2]
+
+
+def first_is_frozen(rank: int, world_size: int) -> None:
+    if rank == 0:  # it holds the store too, which has no time limit of its own
+        os.kill(os.getpid(), signal.SIGSTOP)
+    ranks.all_sum(1, CPU)
+
+
+def test_a_frozen_rank_that_holds_the_store_does_not_hang_the_others(tmp_path):
+    results = run(tmp_path, first_is_frozen, minutes=0.05, killed=0)
+    (line,) = error_lines(results[1:])
+    assert line.startswith("test.py: error: rank 1: ") and results[1].code == 2
+
+
+def test_a_bug_on_one_rank_ends_the_others_without_a_message_of_their_own(tmp_path):
+    results = run(tmp_path, second_has_a_bug)
+    assert "KeyError: 'a bug'" in results[1].err and results[1].code == 1
+    assert results[0] == (2, "", "")
+
+
+def second_has_a_bug(rank: int, world_size: int) -> None:
+    if rank:
+        raise KeyError("a bug")
+    ranks.check_equal({"step": 1})
 
 
 def third_differs(rank: int, world_size: int) -> None:
@@ -211,7 +255,7 @@ def test_a_round_reads_nothing_that_an_earlier_round_has_left():
 
 def test_a_rank_that_does_not_join_is_named():
     store = dist.HashStore()
-    with pytest.raises(OSError, match="rank 1, 2 did not join"):
+    with pytest.raises(OSError, match="these ranks did not join: 1, 2: start all ranks"):
         enter_round(store, Round(0, 3, limit=0.1))
     with pytest.raises(OSError, match="rank 0 did not join"):
         enter_round(dist.HashStore(), Round(1, 3, limit=0.1))
@@ -221,7 +265,7 @@ def test_a_process_alone_is_rank_0_of_1_and_joins_nothing():
     with ranks.join_ranks(3) as found, ranks.process_group("cpu"):
         assert found == (0, 1)
         assert not dist.is_initialized()
-        assert ranks.on_rank_0(lambda: 7) == 7 and ranks.total(2.5, torch.device("cpu")) == 2.5
+        assert ranks.on_rank_0(lambda: 7) == 7 and ranks.all_sum(2.5, torch.device("cpu")) == 2.5
         ranks.check_equal({"step": 1})
 
 
@@ -231,9 +275,11 @@ ENVIRONMENT = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PO
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"MASTER_ADDR": ""}, "RANK is set, but MASTER_ADDR not: start with torchrun, set all of"),
-        ({"WORLD_SIZE": "", "MASTER_PORT": ""}, "but WORLD_SIZE and MASTER_PORT not"),
-        ({"RANK": "one"}, "RANK or WORLD_SIZE is not a number"),
+        ({"MASTER_ADDR": ""}, "RANK is set, but MASTER_ADDR is missing: start with torchrun, set"),
+        ({"WORLD_SIZE": "", "MASTER_PORT": ""}, "but WORLD_SIZE and MASTER_PORT is missing"),
+        ({"RANK": "one"}, "RANK, WORLD_SIZE or MASTER_PORT is no number"),
+        ({"MASTER_PORT": "abc"}, "RANK, WORLD_SIZE or MASTER_PORT is no number"),
+        ({"RANK": "5"}, "RANK is 5, but WORLD_SIZE is 2"),
     ],
 )
 def test_an_incomplete_environment_is_refused_by_every_rank(monkeypatch, capsys, change, message):
@@ -254,7 +300,10 @@ def test_a_first_node_that_cannot_be_reached_is_named(monkeypatch):
         raise dist.DistNetworkError("The client socket has timed out")
 
     monkeypatch.setattr(dist, "rendezvous", refuse)
-    with pytest.raises(OSError, match=r"cannot be reached at 127.0.0.1:9"), ranks.join_ranks(1):
+    with (
+        pytest.raises(OSError, match=r"do not meet at 127.0.0.1:9 \(The client"),
+        ranks.join_ranks(1),
+    ):
         pass
 
 
@@ -297,9 +346,40 @@ def test_more_ranks_than_gpus_are_refused_by_all_ranks_of_the_machine(gpus, monk
     monkeypatch.setattr(ranks, "_round", Round(2, 8))
     for name, value in local.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"8 ranks .* sees 4 GPUs: start with --nproc_per_node=4"):
+    with pytest.raises(
+        ValueError, match=r"8 ranks .* sees only 4 GPUs: start with --nproc_per_node=4"
+    ):
         ranks.local_device("cuda")
     assert gpus == []
+
+
+def test_a_process_that_sees_only_its_own_gpu_takes_it(gpus, monkeypatch):
+    # srun --gpus-per-task=1: LOCAL_RANK counts tasks, not the GPUs that one of them sees
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(ranks, "_round", Round(3, 8))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert ranks.local_device("cuda") == torch.device("cuda", 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with pytest.raises(ValueError, match=r"sees only 1 GPU: start with --nproc_per_node=1"):
+        ranks.local_device("cuda")
+
+
+def test_several_ranks_on_a_mac_use_the_cpu(monkeypatch):
+    monkeypatch.setattr(ranks.hardware, "choose_device", lambda kind: "mps")
+    assert ranks.local_device("auto") == torch.device("mps")
+    monkeypatch.setattr(ranks, "_round", Round(0, 2))
+    assert ranks.local_device("auto") == CPU
+    with pytest.raises(ValueError, match=r"device mps: several ranks .*--device cpu"):
+        ranks.local_device("mps")
+
+
+def test_a_gpu_that_fails_while_it_is_chosen_is_one_line(gpus, monkeypatch):
+    def busy(device):
+        raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy")
+
+    monkeypatch.setattr(ranks.hardware, "check_gpu", busy)
+    with pytest.raises(OSError, match=r"device cuda: CUDA error: .* busy"):
+        ranks.local_device("cuda")
 
 
 def test_a_gpu_that_is_not_used_is_reported_once_on_a_machine(monkeypatch):
@@ -404,9 +484,12 @@ def test_an_error_is_printed_also_if_the_store_is_gone(fake, monkeypatch):
     assert fake.calls == ["rank 1: its own"]
 
 
-def test_an_error_of_the_command_line_is_printed_by_rank_0(monkeypatch, capsys):
-    for rank, printed in (("0", "test.py: error: no such flag\n"), ("1", "")):
+def test_an_error_of_the_command_line_is_printed_once_on_each_node(monkeypatch, capsys):
+    # it is typed on each node, and may be wrong on one of them alone
+    line = "test.py: error: no such flag\n"
+    for rank, local_rank, printed in (("8", "0", line), ("9", "1", ""), ("", "", line)):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(SystemExit):
             ranks.fail("test.py", "no such flag")
         assert capsys.readouterr().err == printed
