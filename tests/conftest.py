@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -165,6 +166,9 @@ def run_ranks(
 
     The rank `killed` does not end by itself: it is killed after all others have ended.
     """
+    with pytest.MonkeyPatch.context() as patch:  # the server finds what it imports only there
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+        multiprocessing.forkserver.ensure_running()
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def run(
     killed: int | None = None,
 ) -> list[Ended]:
     return run_ranks(folder, join, world_size, body, minutes, killed=killed)
+
+
+@pytest.fixture(scope="module")
+def waiting(tmp_path_factory) -> dict[Callable, list[Ended]]:
+    """Runs of two ranks that mostly wait, all at the same time; what their ranks have left."""
+    with ThreadPoolExecutor() as pool:
+        runs = {
+            body: pool.submit(run, tmp_path_factory.mktemp("run"), body, 2, 0.05, killed)
+            for body, killed in ((second_is_silent, None), (first_is_frozen, 0), (long_work, None))
+        }
+        return {body: ended.result() for body, ended in runs.items()}
 
 
 def codes(ended: list[Ended]) -> list[int]:
@@ -132,8 +144,8 @@ def second_is_silent(rank: int, world_size: int) -> None:
     ranks.all_sum(1, CPU)
 
 
-def test_a_rank_that_is_silent_is_an_error_of_one_line(tmp_path):
-    results = run(tmp_path, second_is_silent, minutes=0.05)
+def test_a_rank_that_is_silent_is_an_error_of_one_line(waiting):
+    results = waiting[second_is_silent]
     expected = "test.py: error: rank 0: another rank has been silent for 0.05 minutes"
     assert error_lines(results) == [expected]
 
@@ -152,8 +164,8 @@ def long_work(rank: int, world_size: int) -> None:
     print("equal")
 
 
-def test_work_of_rank_0_may_take_longer_than_the_time_limit_and_its_result_reaches_all(tmp_path):
-    results = run(tmp_path, long_work, minutes=0.05)
+def test_work_of_rank_0_may_take_longer_than_the_time_limit_and_its_result_reaches_all(waiting):
+    results = waiting[long_work]
     assert [rank.out for rank in results] == ["equal\n"] * 2, results
     assert error_lines(results) == []
 
@@ -174,13 +186,15 @@ def test_an_error_of_rank_0_alone_reaches_all_ranks_with_its_kind_and_is_printed
 
 
 def first_is_frozen(rank: int, world_size: int) -> None:
-    if rank == 0:  # it holds the store too, which has no time limit of its own
+    ranks.all_sum(1, CPU)
+    time.sleep(0.5)  # the other rank must be done with the store, as in a step
+    if rank == 0:  # it holds the store, which has no time limit of its own
         os.kill(os.getpid(), signal.SIGSTOP)
     ranks.all_sum(1, CPU)
 
 
-def test_a_frozen_rank_that_holds_the_store_does_not_hang_the_others(tmp_path):
-    results = run(tmp_path, first_is_frozen, minutes=0.05, killed=0)
+def test_a_frozen_rank_that_holds_the_store_does_not_hang_the_others(waiting):
+    results = waiting[first_is_frozen]
     (line,) = error_lines(results[1:])
     assert line.startswith("test.py: error: rank 1: ") and results[1].code == 2
 
