@@ -188,7 +188,8 @@ def process_group(kind: str) -> Iterator[None]:
     if _round is None:
         yield
         return
-    check_equal({"device": kind})
+    with cli.advice("see why, or give --device"):
+        check_equal({"device": kind})
     nccl = kind == "cuda" and dist.is_nccl_available()  # not on Windows; gloo is slow with GPUs
     try:
         dist.init_process_group(
@@ -275,7 +276,7 @@ def is_loss(error: Exception) -> bool:
     if isinstance(error, LostRankError | dist.DistError):
         return True
     of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
-    return of_gloo and bool(re.search("connect|timed out|closed|broken pipe", str(error), re.I))
+    return of_gloo and bool(re.search("connect|time(d )?out|clos|broken pipe", str(error), re.I))
 
 
 def describe_loss(error: Exception, timeout_minutes: float) -> str:
@@ -285,7 +286,7 @@ def describe_loss(error: Exception, timeout_minutes: float) -> str:
         return text  # NCCL's own message says more
     if isinstance(error, dist.DistError):
         return "the store cannot be reached, because torchrun or rank 0 has ended"
-    silent = "timed out" in text.lower()
+    silent = re.search("time(d )?out", text, re.I)
     return "another rank " + (
         f"has been silent for {timeout_minutes:g} minutes" if silent else "has ended"
     )
