@@ -177,7 +177,7 @@ def test_a_run_that_is_there_already_is_refused_once_by_all(data_dir, tmp_path):
 
 def slow_once(work: Callable) -> Callable:
     """Return the same function; its first call takes longer than the time limit of the test."""
-    calls = iter([4])  # seconds
+    calls = iter([3.5])  # seconds
 
     def slow(*args):
         time.sleep(next(calls, 0))
