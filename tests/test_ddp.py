@@ -193,6 +193,7 @@ def work_slowly(rank: int, settings: list[dict]) -> None:
     be_command(rank, settings)
 
 
+@pytest.mark.slow  # test_ranks.py has the short form
 def test_work_of_rank_0_alone_may_take_longer_than_the_time_limit(data_dir, tmp_path):
     same = dict(data_dir=data_dir, out_dir=tmp_path / "log", timeout_minutes=0.05, max_steps=2)
     same |= dict(eval_every=0, sample_every=5, vocab_size=50257, n_embd=16)

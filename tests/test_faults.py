@@ -106,7 +106,7 @@ def kill_until_finished(data_dir, out_dir, kills: int, settings: dict) -> None:
     assert "the run is finished" not in output, "it must have been killed in time"
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_continues_and_logs_every_step_once(data_dir, tmp_path, kills):
     settings = dict(max_steps=100 + 40 * kills, checkpoint_every=5, eval_every=50)
     undisturbed = run_train(
