@@ -186,3 +186,16 @@ def test_samples_of_a_run_repeat_with_the_seed_and_keep_the_mode(full_model):
         assert full_model.training == training
         assert texts == sample_text(full_model, seed=1) != sample_text(full_model, seed=2)
         assert len(texts) == 2 and all(t.startswith("Hello, I'm a language") for t in texts)
+
+
+def test_sampling_leaves_cudnn_out_of_attention(full_model, monkeypatch):
+    seen, hidden = [], type(full_model).hidden
+
+    def watched(self, *args, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return hidden(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(full_model), "hidden", watched)
+    generate(full_model, [1, 2], max_new_tokens=3)
+    assert seen == [False] * 3, "it would make a plan for each length"
+    assert torch.backends.cuda.cudnn_sdp_enabled()

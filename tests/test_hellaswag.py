@@ -397,6 +397,20 @@ def be_command(rank: int, first: Path, out: Path) -> None:
     hellaswag.main()
 
 
+def test_scoring_leaves_cudnn_out_of_attention(data, monkeypatch):
+    seen, hidden = [], GPT.hidden
+
+    def watched(self, *args, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return hidden(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "hidden", watched)
+    questions = hellaswag.load_questions(data, "completion")
+    hellaswag.ending_losses(random_model(64), questions, CPU)
+    assert seen and not any(seen), "it would make a plan for each shape"
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_only_the_first_node_needs_the_files(tmp_path, data):
     save(random_model(64), tmp_path / "model.pt")
     results = []
