@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.checkpoint import checkpoint_paths
 from common.cli import advice, explain, run_command
 from common.hardware import OutOfMemory, device_errors
 from common.runlog import METRICS
+from common.weights import default_model
 from sample import SampleConfig, continuations, cut_note, model_bytes, quantize
 from train_gpt2 import GPT, TrainConfig, load_model, set_up_machine
 
@@ -155,7 +155,7 @@ def serve(config: AppConfig) -> None:
         import gradio as gr
     except ModuleNotFoundError:
         raise ValueError("gradio is missing: pip install -r requirements-app.txt") from None
-    name = config.model or str(next(iter(checkpoint_paths(Path("log"))), "gpt2"))
+    name = config.model or default_model()
     smaller = advice("give another --model", OutOfMemory)
     with smaller, set_up_machine(TrainConfig(dtype="float32"), alone=True) as machine:
         page = make_page(name, load_model(name, machine.device))

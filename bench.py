@@ -36,7 +36,7 @@ from torch._functorch import config as functorch
 
 import train_gpt2
 from common import hardware
-from common.cli import advice, explain, outlive_console, plain, run_command
+from common.cli import advice, explain, outlive_console, plain, quiet_interrupt, run_command
 from common.files import write_atomically
 from common.hardware import Device
 from common.runlog import software
@@ -433,7 +433,8 @@ def bench(config: BenchConfig) -> None:
 
 def main() -> None:
     outlive_console("stderr")  # stdout is the result: it must not get lost
-    run_command(BenchConfig, bench)
+    with quiet_interrupt():
+        run_command(BenchConfig, bench)
 
 
 if __name__ == "__main__":

@@ -884,6 +884,7 @@ def open_log(run: Run) -> RunLog:
         n_params=model.n_params, data=run.data, device=hardware.device_name(machine.device),
         micro_batch_size=run.micro_batch_size, world_size=machine.world_size, compile=run.compiled,
         dtype=str(machine.dtype).removeprefix("torch."),  # of matrix products
+        **hardware.flops_of_run(model, machine.device, machine.world_size),  # for MFU
         passes=config.budget / (len(run.train_windows) * model.config.block_size),  # epochs
     )  # fmt: skip
     for note in run.notes:

@@ -31,6 +31,7 @@ from common import cli, hardware
 
 POLL = 0.02  # seconds between two looks at the store
 PATIENCE = 1.0  # seconds to see whether other ranks have the same error
+SILENT = "another rank has been silent for {:g} minutes"
 
 
 @dataclass
@@ -141,7 +142,7 @@ def read_environment() -> tuple[int, int]:
     names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
     what_to_do = f"start with torchrun, set {', '.join(names)}, or unset RANK to run on one device"
     if missing := [name for name in names if not os.environ.get(name)]:
-        raise ValueError(f"RANK is set, but {' and '.join(missing)} is missing: {what_to_do}")
+        raise ValueError(f"RANK is set, but not {' and '.join(missing)}: {what_to_do}")
     try:
         rank, world_size, _ = (int(os.environ[name]) for name in names[:3])
     except ValueError:
@@ -225,15 +226,16 @@ def await_key(key: str, limit: float) -> bytes:
     Raises LostRankError if a rank has failed, or if nobody shows a sign of life for `limit`
     seconds: the rank that will set the key may show it with `heartbeat`.
     """
-    store, start, beats = _round.store, time.monotonic(), 0
+    store, start, beats, pause = _round.store, time.monotonic(), 0, POLL
     while not store.check([key]):
         if store.check(["failed"]):
             raise LostRankError("another rank has failed")
         if (now := store.add(f"{key}/beats", 0)) > beats:
             start, beats = time.monotonic(), now
         if time.monotonic() - start > limit:
-            raise LostRankError("timed out")
-        time.sleep(POLL)
+            raise LostRankError(SILENT.format(limit / 60))
+        time.sleep(pause)
+        pause = min(1.05 * pause, 1.0)  # hundreds of ranks may ask one store for minutes
     return store.get(key)
 
 
@@ -282,14 +284,13 @@ def is_loss(error: Exception) -> bool:
 def describe_loss(error: Exception, timeout_minutes: float) -> str:
     """Return what such an exception means, in the same words on all ranks."""
     text = " ".join(str(error).split())
-    if isinstance(error, dist.DistBackendError) or "cannot connect" in text:
-        return text  # NCCL's own message says more
+    if isinstance(error, LostRankError | dist.DistBackendError):  # our words, or NCCL's, say it
+        return text
     if isinstance(error, dist.DistError):
         return "the store cannot be reached, because torchrun or rank 0 has ended"
-    silent = re.search("time(d )?out", text, re.I)
-    return "another rank " + (
-        f"has been silent for {timeout_minutes:g} minutes" if silent else "has ended"
-    )
+    if re.search("time(d )?out", text, re.I):
+        return SILENT.format(timeout_minutes)
+    return "another rank has ended"
 
 
 def leave(limit: float) -> None:
@@ -356,7 +357,7 @@ class TensorUnpickler(pickle.Unpickler):
 
 
 def share(value: Any) -> Any:
-    """Return rank 0's value, of plain types and tensors, on every rank."""
+    """Return rank 0's value, of plain types and tensors, on every rank; others may give None."""
     cuda = dist.get_backend() == "nccl"  # NCCL sends from GPU to GPU: one tensor at a time
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     file = io.BytesIO()
@@ -392,8 +393,7 @@ def check_equal(facts: dict[str, Any]) -> None:
     """
     if _round is None:
         return
-    this, turn = _round, next(_round.turns)
-    key = f"turn/{turn}"
+    this, key = _round, f"turn/{next(_round.turns)}"
     if this.rank:
         this.store.set(f"{key}/{this.rank}", json.dumps(facts))
         if differ := await_key(key, this.limit).decode():

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common.files import atomic_write
-from common.hardware import flops_per_token, gpu_peak_flops
 from common.shards import data_source
 
 METRICS = "metrics.jsonl"
@@ -90,11 +89,12 @@ class RunLog:
         if event == "run":
             source = data_source(Path(values["config"]["data_dir"]))
             values |= {**software(), "data_source": source, **self.ids}
-            self.flops_per_token, self.peak = flops_of_run(values)
+            self.flops = values["flops_per_token"], values["peak_flops"]
         elif event == "train":
             speed = values["batch_tokens"] / values["dt"]  # tokens a second
             # MFU, model FLOPs utilisation (PaLM paper): the part of the GPUs' peak that is used
-            mfu = speed * self.flops_per_token / self.peak if self.peak else None
+            flops, peak = self.flops
+            mfu = speed * flops / peak if peak else None
             values |= {"tokens_per_sec": speed, "mfu": mfu}
         entry = {"event": event, "step": step, "time": time.time(), **values}
         with naming(self.path):
@@ -136,14 +136,6 @@ def naming(path: Path) -> Iterator[None]:
         what = f"{path} cannot be written ({error.strerror})"
         what_to_do = "make room or repair the disk, and continue with --resume"
         raise OSError(f"{what}: {what_to_do}") from None
-
-
-def flops_of_run(values: dict[str, Any]) -> tuple[int, float | None]:
-    """Return the FLOPs for a token, and the FLOP/s of all GPUs' data sheets (None: unknown)."""
-    size = values["model_config"]
-    sizes = (size[name] for name in ("n_layer", "n_embd", "block_size"))
-    peak = gpu_peak_flops(values["device"])
-    return flops_per_token(values["n_params"], *sizes), peak and peak * values["world_size"]
 
 
 def software() -> dict[str, Any]:

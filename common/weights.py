@@ -10,14 +10,18 @@ from common.cli import advice
 from common.huggingface import read_huggingface
 
 
+def default_model() -> str:
+    """Return the name of the newest checkpoint in log/, else `gpt2`."""
+    return str(next(iter(checkpoint_paths(Path("log"))), "gpt2"))
+
+
 def read_weights(name_or_path: str | Path | None) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Return the model's name, its sizes and its weights by Hugging Face's names, on the CPU.
 
     None: the newest checkpoint in log/, else `gpt2`. Raises ValueError or OSError if there is no
     such model or its file is damaged.
     """
-    newest = next(iter(checkpoint_paths(Path("log"))), "gpt2")
-    name = str(newest if name_or_path is None else name_or_path)
+    name = default_model() if name_or_path is None else str(name_or_path)
     if not name.endswith(".pt"):
         return name, *read_huggingface(name)
     with advice("give another model"):

@@ -319,6 +319,11 @@ def test_a_wrong_setting_is_refused_by_name(wrong, said):
         bench.BenchConfig(**{k: bench.Path(v) if k == "out" else v for k, v in wrong.items()})
 
 
+def test_a_rank_in_the_environment_does_not_matter(monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # of the job in which somebody types the command
+    assert bench.look_around(bench.BenchConfig(device="cpu"))["device_type"] == "cpu"
+
+
 # -----------------------------------------------------------------------------
 # starting up
 

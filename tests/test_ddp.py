@@ -128,22 +128,29 @@ def test_a_rank_that_cannot_read_the_data_ends_all_at_once(data_dir, tmp_path):
     assert [rank.code for rank in ended] == [2, 2]
 
 
-def run_out_of_memory(rank: int, settings: list[dict]) -> None:
-    loss = train_gpt2.GPT.loss
+def run_out_of_memory(rank: int, settings: list[dict], place: str) -> None:
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def limited(self, x, targets):
-        if rank == 1 and self.training:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return loss(self, x, targets)
-
-    train_gpt2.GPT.loss = limited
+    if rank == 1:
+        owner = torch.nn.parallel if place == "DistributedDataParallel" else train_gpt2
+        setattr(owner, place, full)
     be_command(rank, settings)
 
 
-def test_a_rank_that_runs_out_of_memory_says_so_and_no_other_rank_adds_to_it(data_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("place", "what_to_do"),
+    [
+        ("DistributedDataParallel", "lower --block_size, or give a smaller --preset"),
+        ("train_step", "start again with another --out_dir and --micro_batch_size 2"),
+    ],
+)
+def test_a_rank_that_runs_out_of_memory_says_so_and_no_other_rank_adds_to_it(
+    data_dir, tmp_path, place, what_to_do
+):
     same = dict(data_dir=data_dir, out_dir=tmp_path / "log")
-    ended = run_ranks(tmp_path, run_out_of_memory, 2, [same, same])
-    expected = "rank 1: out of memory: start again with another --out_dir and --micro_batch_size 2"
+    ended = run_ranks(tmp_path, run_out_of_memory, 2, [same, same], place)
+    expected = f"rank 1: out of memory: {what_to_do}"
     assert error_lines(ended) == [f"train_gpt2.py: error: {expected}"]
     assert [rank.code for rank in ended] == [2, 2]
 

@@ -405,10 +405,11 @@ def test_a_batch_is_proposed_quickly_whatever_is_asked_for():
         (8, 524288, 1024, 8, None),
         (4, 524288, 1024, 8, None),  # memory is the limit
         (5, 25600, 1024, 1, None),  # asked for
-        (2, 1024 * 14, 1024, 1, None),  # few rows anyway
+        (2, 1024 * 14, 1024, 1, "12288 or 16384"),
+        (2, 1024 * 2, 1024, 1, None),  # all rows at once
         (4, 512, 128, 1, None),  # the preset `tiny`
         (2, 512, 128, 2, None),
-        (1, 1152, 128, 3, None),
+        (1, 1152, 128, 3, "1536"),
     ],
 )
 def test_a_batch_that_forces_a_small_micro_batch_is_noted(size, tokens, T, ranks, proposed):

@@ -425,6 +425,19 @@ def test_only_the_first_node_needs_the_files(tmp_path, data):
     assert np.allclose(*results)
 
 
+def ask_for_training(rank: int, data: Path) -> None:
+    """Get the questions as training does. Only rank 0 is on the node that has the file."""
+    hellaswag.ensure_data = {0: lambda: data}.get(rank)  # None: it must not be called
+    settings = train_gpt2.TrainConfig(device="cpu")
+    with train_gpt2.set_up_machine(settings) as machine:
+        print(len(hellaswag.questions_for_training(machine).items))
+
+
+def test_training_reads_the_file_on_the_first_node_only(tmp_path, data):
+    ended = run_ranks(tmp_path, ask_for_training, 2, data)
+    assert [(rank.code, rank.out) for rank in ended] == [(0, f"{len(EXAMPLES)}\n")] * 2, ended
+
+
 def test_a_file_that_is_missing_is_one_error_of_all_ranks(tmp_path):
     ended = run_ranks(tmp_path, be_command, 2, tmp_path, tmp_path)
     (line,) = error_lines(ended)

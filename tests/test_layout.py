@@ -147,6 +147,12 @@ def test_every_command_and_module_has_a_file_of_tests():
             assert (ROOT / "tests" / f"test_{name.removeprefix('common.')}.py").exists(), name
 
 
+def test_commands_that_need_no_torch_do_not_import_it():
+    # it takes seconds, and `python plot.py --help` should not
+    code = "import sys, fineweb, plot; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_importing_does_nothing(tmp_path):
     names = sorted(set(sources()) - {"common.__init__"})
     script = (

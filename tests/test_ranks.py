@@ -289,8 +289,8 @@ ENVIRONMENT = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PO
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"MASTER_ADDR": ""}, "RANK is set, but MASTER_ADDR is missing: start with torchrun, set"),
-        ({"WORLD_SIZE": "", "MASTER_PORT": ""}, "but WORLD_SIZE and MASTER_PORT is missing"),
+        ({"MASTER_ADDR": ""}, "RANK is set, but not MASTER_ADDR: start with torchrun, set"),
+        ({"WORLD_SIZE": "", "MASTER_PORT": ""}, "but not WORLD_SIZE and MASTER_PORT: start"),
         ({"RANK": "one"}, "RANK, WORLD_SIZE or MASTER_PORT is no number"),
         ({"MASTER_PORT": "abc"}, "RANK, WORLD_SIZE or MASTER_PORT is no number"),
         ({"RANK": "5"}, "RANK is 5, but WORLD_SIZE is 2"),

@@ -19,7 +19,7 @@ from common.runlog import RunLog, as_scalars
 
 ABOUT = dict(
     config={"data_dir": "nowhere", "max_steps": 40, "total_batch_size": 1000}, n_params=1234567,
-    model_config={"n_layer": 2, "n_embd": 32, "block_size": 16},
+    flops_per_token=7_000_000, peak_flops=None,
     micro_batch_size=4, world_size=2, compile=True, device="cpu", dtype="bfloat16", passes=1.234,
 )  # fmt: skip
 STEP = dict(
@@ -58,12 +58,11 @@ def test_a_line_of_metrics_has_event_step_and_time_before_the_values(tmp_path):
 
 def test_mfu_is_the_part_of_all_gpus_peak(tmp_path):
     log = RunLog(tmp_path, 0, is_main=True)
-    log.write("run", 0, **{**ABOUT, "device": "NVIDIA A100-SXM4-40GB", "world_size": 8})
+    log.write("run", 0, **{**ABOUT, "peak_flops": 8 * 312e12})
     log.write("train", 3, **STEP)
     log.close()
-    flops = 6 * 1234567 + 12 * 2 * 32 * 16  # a token
     mfu = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["mfu"]
-    assert mfu == pytest.approx(500 * flops / (8 * 312e12))
+    assert mfu == pytest.approx(500 * 7_000_000 / (8 * 312e12))
 
 
 def test_a_resumed_log_drops_the_lines_that_it_will_write_again(tmp_path):
@@ -182,7 +181,7 @@ def test_each_event_has_its_console_line(
 ):
     log = start_log(tmp_path, monkeypatch, on_terminal)
     if values.get("data_wait"):  # a GPU whose peak is known
-        log.peak = 500 * log.flops_per_token / 0.4321
+        log.flops = (7_000_000, 500 * 7_000_000 / 0.4321)
     capsys.readouterr()
     log.write(event, 7, **values)
     line, end, status = capsys.readouterr().out.partition("\n")

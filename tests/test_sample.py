@@ -89,10 +89,11 @@ def test_a_model_with_another_vocabulary_is_refused_with_what_to_do(
 def test_the_command_writes_text_and_says_what_is_wrong_in_one_line(full_model, tmp_path):
     path = save(full_model, tmp_path / "ckpt_000001.pt")
     words = ["--prompt", "Hello", "--num_samples", "2", "--max_new_tokens", "3", "--int8"]
-    result = run_command_line("sample.py", "--model", str(path), *words)
+    pod = {"RANK": "1"}  # a variable of the job in which somebody types the command
+    result = run_command_line("sample.py", "--model", str(path), *words, env=pod)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Hello") == 2 and result.stderr == ""
-    result = run_command_line("sample.py", "--model", str(tmp_path / "ckpt_000002.pt"))
+    result = run_command_line("sample.py", "--model", str(tmp_path / "ckpt_000002.pt"), env=pod)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("sample.py: error: ")
 

@@ -1,5 +1,6 @@
 """The model, the loader, the schedule and one step of train_gpt2.py."""
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import RUN, SMALL, all_files, flags, run_command_line, run_train, write_shards
+from conftest import RUN, SMALL, all_files, flags, losses, run_command_line, run_train, write_shards
 
+import train_gpt2
 from common.hardware import flops_per_token, ugly_dimensions
 from train_gpt2 import (
     GPT,
@@ -28,6 +30,7 @@ from train_gpt2 import (
     load_model,
     make_optimizers,
     micro_batches,
+    set_up_machine,
     step_batch_tokens,
     train_step,
     validation_loss,
@@ -306,6 +309,30 @@ class Copies:
         pinned = any(rows is other for other in self.pinned)
         self.calls.append((rows.is_contiguous(), pinned, non_blocking))
         return rows
+
+
+def test_a_run_with_a_ramp_takes_every_row_once_whatever_its_micro_batch(data_dir, tmp_path):
+    ramp = dict(batch_ramp_tokens=1024, batch_ramp_start=64, max_steps=6, eval_every=0)
+    chosen = run_train(data_dir, tmp_path / "chosen", micro_batch_size=None, **ramp)  # up to 8 rows
+    given = run_train(data_dir, tmp_path / "given", micro_batch_size=1, **ramp)
+    sizes = [m["batch_tokens"] for m in chosen if m["event"] == "train"]
+    assert sizes[0] == 64 and max(sizes) == 256
+    for a, b in zip(losses(chosen), losses(given), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_ranks_join_with_the_time_limit_of_the_run_unless_a_command_runs_alone(monkeypatch, alone):
+    limits = []
+
+    def join(timeout_minutes):
+        limits.append(timeout_minutes)
+        return contextlib.nullcontext((0, 1))
+
+    monkeypatch.setattr(train_gpt2.ranks, "join_ranks", join)
+    with set_up_machine(TrainConfig(device="cpu", timeout_minutes=3.5), alone=alone) as machine:
+        assert (machine.rank, machine.world_size) == (0, 1)
+    assert limits == ([] if alone else [3.5])
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
