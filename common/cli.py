@@ -32,11 +32,12 @@ def run_command(
     import tyro
 
     fail_with = fail_with or fail
+    escape_characters("stdout", "stderr")
     script = Path(sys.argv[0]).name
     complaint = io.StringIO()  # tyro draws its errors as a box: catch it and print one line instead
     try:
         with contextlib.redirect_stderr(complaint):
-            config = tyro.cli(config_class, prog=script)
+            config = tyro.cli(config_class, prog=script, registry=path_flags())
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -45,12 +46,35 @@ def run_command(
         if message.startswith(raised):  # from the configuration, which says what to do
             fail_with(script, message.removeprefix(raised))
         fail_with(script, message.rstrip(".") + f": see python {script} --help")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail_with(script, str(error))
     try:
         run(config)
     except (ValueError, OSError) as error:
         fail_with(script, explain(error))
+
+
+def path_flags() -> Any:
+    """Return tyro's rule for flags that are paths: `~` is the home folder, `~name` that of a user.
+
+    The shell does not expand it in `--out_dir=~/log`, and without the rule a folder `~` appears.
+    """
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    def home(words: list[str]) -> Path:
+        try:
+            return Path(words[0]).expanduser()
+        except RuntimeError:  # not a ValueError, whose text tyro would drop
+            raise OSError(f"{words[0]}: no such user: write the whole path") from None
+
+    registry = ConstructorRegistry()
+    spec = PrimitiveConstructorSpec(
+        nargs=1, metavar="PATH", instance_from_str=home,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )  # fmt: skip
+    registry.primitive_rule(lambda info: spec if info.type is Path else None)
+    return registry
 
 
 @contextlib.contextmanager
@@ -141,11 +165,23 @@ def outlive_console(*streams: str) -> None:
     a long run the console is only a report. It must not end the run. Nor must a character that the
     console does not have.
     """
+    escape_characters(*streams)
     for name in streams:
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 - None: started with >&-
+        stream = getattr(sys, name)
+        if stream is None:  # started with >&-
+            stream = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
+        setattr(sys, name, LossyStream(stream))
+
+
+def escape_characters(*streams: str) -> None:
+    """Let `streams` (stdout, stderr) write a character that their encoding lacks as \\u6771.
+
+    On Windows a redirected stream has the 250 characters of cp1252. The text of a model has more.
+    """
+    for name in streams:
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, LossyStream(stream))
 
 
 def say(message: str) -> None:

@@ -1,20 +1,31 @@
 """Files that are written whole or not at all, and the lock on a folder."""
 
 import contextlib
+import errno
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from common.cli import say
 
 UNFINISHED = ".unfinished"  # end of a file's temporary name while it is written
 
 # -----------------------------------------------------------------------------
 # the lock on a folder
 
+# another process has the lock: flock's answer, that of some network file systems, and of Windows
+IN_USE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+
 
 def take_lock(folder: Path) -> BinaryIO:
     """Create the folder and lock it until the returned file is closed or this process ends.
+
+    The system ends the lock of a killed process, on every node. A file that only exists while a run
+    lives would not do that. So where the file system has no locks (Lustre mounted without flock,
+    some FUSE, NFS without its lock service), there is a note and no lock.
 
     Raises OSError if the folder cannot be written, ValueError if another process holds the lock.
     """
@@ -33,8 +44,11 @@ def take_lock(folder: Path) -> BinaryIO:
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        lock.close()
-        raise ValueError(f"{folder} is in use by another run ({error.strerror})") from None
+        if error.errno in IN_USE:
+            lock.close()
+            raise ValueError(f"{folder} is in use by another run ({error.strerror})") from None
+        no_locks = f"note: {folder} is on a file system without locks ({error.strerror})"
+        say(f"{no_locks}: never start two runs in this folder")
     return lock
 
 
@@ -65,6 +79,38 @@ def locked(folder: Path) -> Iterator[None]:
 # -----------------------------------------------------------------------------
 # atomic writes
 
+# answers of a file system that has no fsync, or none for folders (SMB, VirtualBox, some FUSE). An
+# error of the disk itself (EIO, ENOSPC, EDQUOT) is not among them.
+NO_FSYNC = (
+    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES,
+    errno.EBADF, errno.EISDIR,
+)  # fmt: skip
+
+
+def sync(file: int) -> None:
+    """Wait until an open file or folder is on disk, if its file system can do that.
+
+    `file` is its descriptor. Raises OSError if the disk fails or is full.
+    """
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file in one step, over an old one if there is one.
+
+    Windows refuses while another process has the old file open. A virus scanner or an indexer lets
+    it go after a moment.
+    """
+    for pause in (0.1, 0.2, 0.4, 0.8, 1.6) if os.name == "nt" else ():
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(pause)
+    return os.replace(source, target)
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
@@ -78,14 +124,20 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # before the rename: else a power cut leaves an empty file
-        os.replace(temporary, path)
+            sync(file.fileno())  # before the rename: else a power cut leaves an empty file
+        replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    if os.name != "nt":  # the new name must survive a power cut too; Windows cannot open a folder
+    # The new name must survive a power cut too. Where a folder cannot be opened (Windows) or has no
+    # fsync, the file is whole all the same.
+    try:
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+    except OSError:
+        return
+    try:
+        sync(folder)
+    finally:
         os.close(folder)
 
 

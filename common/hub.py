@@ -55,12 +55,16 @@ class HubFile(io.RawIOBase):
 
         data = b""
         url = hf_hub_url(self.dataset, self.path, repo_type="dataset", revision=self.revision)
-        headers = {**build_hf_headers(), "Range": f"bytes={begin}-{stop - 1}"}
+        # no compression: a range counts the bytes that are sent
+        headers = {"Range": f"bytes={begin}-{stop - 1}", "Accept-Encoding": "identity"}
+        headers = {**build_hf_headers(), **headers}
         stream = functools.partial(get_session().stream, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
-        with hub_errors(), stream("GET", url, headers=headers) as response:
+        with hub_errors(self.dataset), stream("GET", url, headers=headers) as response:
             hf_raise_for_status(response)
             if response.status_code == 206:
                 data = response.read()
+            elif response.status_code == 200:  # the whole of a small file, which has no ranges
+                data = response.read()[begin:stop]
         if len(data) != stop - begin:
             raise ConnectionError(
                 f"the hub sent {len(data)} of {stop - begin} bytes of {self.path}"
@@ -69,7 +73,7 @@ class HubFile(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def hub_errors() -> Iterator[None]:
+def hub_errors(dataset: str) -> Iterator[None]:
     """Turn an error of the hub's client into ConnectionError if trying again may help.
 
     An answer that stays the same (offline, unknown, no access) becomes a ValueError that says what
@@ -77,9 +81,12 @@ def hub_errors() -> Iterator[None]:
     """
     import httpx2
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
+        RepositoryNotFoundError,
     )
 
     try:
@@ -87,6 +94,14 @@ def hub_errors() -> Iterator[None]:
     except OfflineModeIsEnabled:
         hint = "unset it, or name local files with --source"
         raise ValueError(f"HF_HUB_OFFLINE is set, so the hub is not used: {hint}") from None
+    except HFValidationError:
+        hint = "--dataset is OWNER/NAME, as in allenai/c4"
+        raise ValueError(f"{dataset} is no name of a data set on the hub: {hint}") from None
+    except GatedRepoError:
+        raise gated(dataset) from None
+    except RepositoryNotFoundError:
+        hint = "check --dataset, or set HF_TOKEN"
+        raise ValueError(f"the hub has no data set {dataset}, or it is private: {hint}") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (408, 429) or status >= 500:
@@ -99,30 +114,80 @@ def hub_errors() -> Iterator[None]:
         raise ConnectionError(f"the hub does not answer ({what})") from None
 
 
+def gated(dataset: str) -> ValueError:
+    """Return the error for a data set whose owner wants to be asked first."""
+    from huggingface_hub.constants import ENDPOINT
+
+    hint = f"ask for access at {ENDPOINT}/datasets/{dataset}, and set HF_TOKEN"
+    return ValueError(f"{dataset} is a gated data set: {hint}")
+
+
+def elsewhere(dataset: str) -> ValueError:
+    """Return the error for a data set whose card names files on other servers."""
+    hint = "download it, and name the files with --source"
+    return ValueError(f"{dataset} has its text on another server than the hub: {hint}")
+
+
 def find_dataset(dataset: str, name: str | None, split: str) -> tuple[str, list[tuple[str, int]]]:
     """Return a data set's revision, and the path and size in bytes of each file of one split.
 
-    `name` is the configuration of the data set (None: its default).
+    `name` is the configuration of the data set (None: its default). Raises ConnectionError if
+    trying again may help, ValueError for what the user has to correct.
     """
     import datasets
     import httpx2
-    from huggingface_hub import HfApi, get_session, set_client_factory
+    from huggingface_hub import HfApi, HfFileSystem, get_session, set_client_factory
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
 
     settings = {"event_hooks": get_session().event_hooks, "follow_redirects": True}
     set_client_factory(lambda: httpx2.Client(**settings, timeout=HF_HUB_DOWNLOAD_TIMEOUT))
     datasets.disable_progress_bars()
-    with hub_errors():
-        revision = HfApi().dataset_info(dataset).sha
-        builder = datasets.load_dataset_builder(dataset, name, revision=revision)
-        splits = builder.config.data_files or {}
+    with hub_errors(dataset):
+        about = HfApi().dataset_info(dataset)
+        # the full name: `wikitext` stands for Salesforce/wikitext, or for a local folder
+        root = f"hf://datasets/{about.id}@{about.sha}/"
+        splits = data_files(dataset, f"hf://datasets/{about.id}", name, about.sha)
         if split not in splits:
             names = ", ".join(splits)
             raise ValueError(f"{dataset} has no {split}: --split is one of {names}")
-        paths = [str(url).split(f"@{revision}/", 1)[1] for url in splits[split]]
-        files = HfApi().get_paths_info(dataset, paths, revision=revision, repo_type="dataset")
-    sizes = {file.path: file.size for file in files}
-    return revision, [(path, sizes[path]) for path in paths]
+        urls = [str(url) for url in splits[split]]
+        if not all(url.startswith(root) for url in urls):
+            raise elsewhere(dataset)
+        # `datasets` has just listed these folders, and the client remembers that: so there is no
+        # request for each file, and none about more files than the hub allows (1,000)
+        tree, sizes = HfFileSystem(endpoint=datasets.config.HF_ENDPOINT), {}
+        for folder in {url.rpartition("/")[0] for url in urls}:
+            sizes |= {f"hf://{file['name']}": file["size"] for file in tree.ls(folder)}
+    return about.sha, [(url.removeprefix(root), sizes[url]) for url in urls]
+
+
+def data_files(dataset: str, address: str, name: str | None, revision: str) -> dict[str, list[str]]:
+    """Return the addresses of the files of each split; ValueError if `datasets` finds none."""
+    import datasets
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+
+    try:
+        builder = datasets.load_dataset_builder(address, name, revision=revision)
+    except ValueError:
+        names = datasets.get_dataset_config_names(address, revision=revision)
+        default = datasets.get_dataset_default_config_name(address, revision=revision)
+        if (name or default) in names:
+            raise
+        what = f"no configuration {name}" if name else "several configurations"
+        raise ValueError(f"{dataset} has {what}: --name is one of {', '.join(names)}") from None
+    except ImportError:  # a library for another protocol than the hub's
+        raise elsewhere(dataset) from None
+    except DatasetNotFoundError:  # the hub knows it, but does not give its files
+        raise gated(dataset) from None
+    except (DataFilesNotFoundError, EmptyDatasetError):
+        what = f"{dataset} has no files of a supported format"
+        raise ValueError(f"{what}: choose another --dataset or --name") from None
+    except FileNotFoundError as error:  # so `datasets` wraps an answer such as 503
+        if "LocalEntryNotFoundError" not in str(error):
+            raise
+        raise ConnectionError("the hub does not answer") from None
+    return builder.config.data_files or {}
 
 
 def retry(call: Callable[[], Any], minutes: float) -> Any:

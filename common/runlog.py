@@ -72,7 +72,7 @@ class RunLog:
         with naming(self.path):
             with atomic_write(self.path) as file:
                 file.write("".join(earlier.lines).encode())
-            self.file = open(self.path, "a")  # noqa: SIM115 - open as long as the run
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def __enter__(self) -> "RunLog":
         return self
@@ -143,7 +143,7 @@ def software() -> dict[str, Any]:
     here = str(Path(__file__).parent)
     git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(git, capture_output=True, check=True).stdout.decode().strip()
     except (OSError, subprocess.CalledProcessError):  # git is missing, or this is no checkout
         commit = None
     packages = {name: version(name) for name in ("torch", "numpy", "tiktoken")}
@@ -179,7 +179,7 @@ def read_earlier(path: Path, step: int) -> Earlier:
     sample and checkpoint of `step` come before that update, so they are kept.
     """
     earlier = Earlier()
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for line in read_lines(path):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a crash cut the line off
             entry = json.loads(line)
             if entry["step"] < step + (entry["event"] not in BY_UPDATE):
@@ -189,6 +189,39 @@ def read_earlier(path: Path, step: int) -> Earlier:
                 if entry["event"] == "val":
                     earlier.best_loss = min(earlier.best_loss, entry["loss"])
     return earlier
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of metrics.jsonl; none if there is no such file."""
+    # the file is ASCII, unless a crash or a disk damaged it: such a line is no JSON
+    return path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
+
+
+def run_facts(folder: Path, step: int | None = None) -> dict[str, Any]:
+    """Return what metrics.jsonl in a run's folder knows of the model after `step` updates.
+
+    Of each fact it is the last value up to `step` (None: the newest): `step` (updates done),
+    `val_loss`, `hellaswag_acc`, `hellaswag_acc_norm`, `hellaswag_n`, `hellaswag_style`,
+    `data_source` and `git` (the commit). Facts that are not known are left out. Without
+    metrics.jsonl, nothing is known.
+    """
+    facts: dict[str, Any] = {}
+    for line in read_lines(folder / METRICS):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line is left out
+            entry = json.loads(line)
+            event, done = entry["event"], entry["step"] + (entry["event"] in BY_UPDATE)
+            if step is not None and done > step:
+                continue
+            found = {"step": done}
+            if event == "run":
+                found |= {"data_source": entry.get("data_source"), "git": entry.get("git_hash")}
+            elif event == "val":
+                found |= {"val_loss": entry["loss"]}
+            elif event == "hellaswag":
+                names = ("acc", "acc_norm", "n", "style")
+                found |= {f"hellaswag_{name}": entry.get(name) for name in names}
+            facts |= {name: value for name, value in found.items() if value is not None}
+    return facts
 
 
 # -----------------------------------------------------------------------------
@@ -345,8 +378,10 @@ class TensorBoard:
 class WeightsAndBiases:
     """Send a run's numbers to Weights & Biases.
 
-    `run_id` is the id of the run to continue; None starts a new one. Raises ValueError if wandb
-    refuses, for example because nobody is logged in.
+    `run_id` is the id of the run to continue; None starts a new one. The project and the name are
+    those of WANDB_PROJECT and WANDB_NAME, else `gpt2` and the name of the run's folder. wandb
+    itself reads WANDB_ENTITY and its other variables. Raises ValueError if wandb refuses, for
+    example because nobody is logged in.
     """
 
     def __init__(self, out_dir: Path, run_id: str | None):
@@ -354,8 +389,9 @@ class WeightsAndBiases:
 
         try:
             self.run = wandb.init(
-                project="gpt2", name=out_dir.name, dir=out_dir, id=run_id,
-                resume="allow" if run_id else None,
+                project=os.environ.get("WANDB_PROJECT") or "gpt2",  # an argument beats a variable
+                name=os.environ.get("WANDB_NAME") or out_dir.resolve().name,
+                dir=out_dir, id=run_id, resume="allow" if run_id else None,
             )  # fmt: skip
         except wandb.errors.Error as error:
             what = str(error).splitlines()[0]

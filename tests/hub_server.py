@@ -12,8 +12,9 @@ import time
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
+PAGE = 1000  # entries of a folder in one answer, and paths that one request may ask about
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -24,11 +25,15 @@ class HubServer:
 
     def __init__(self, files: dict[str, bytes], revision: str = REVISION):
         self.files, self.revision = files, revision
+        self.sizes: dict[str, int] = {}  # of files whose content is not here
+        self.listings: dict[tuple, list[dict]] = {}  # of the folders asked for
+        self.gate = 0  # the status with which it refuses the files (401 or 403); 0: it gives them
         self.main = revision  # the newest revision; only `revision` can be read
         self.faults: deque[str | None] = deque()  # each request for bytes of a file takes one
         self.api_faults: deque[str | None] = deque()  # each other request takes one
         self.requests: list[tuple[str, str, str]] = []  # method, path, Range
         self.tokens: set[str | None] = set()  # Authorization headers received
+        self.encodings: set[str | None] = set()  # Accept-Encoding headers of requests for a range
         self.stall_seconds = 60.0
         handler = type("Handler", (HubHandler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -64,8 +69,8 @@ class HubHandler(BaseHTTPRequestHandler):
     def answer_json(self, value: object) -> None:
         self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
 
-    def missing(self, code: str) -> None:
-        self.answer(404, X_Error_Code=code, X_Error_Message=code)
+    def missing(self, code: str, status: int = 404) -> None:
+        self.answer(status, X_Error_Code=code, X_Error_Message=code)
 
     def fault(self, kind: str | None, body: bytes = b"") -> bool:
         """Cause a fault; return whether it replaces the answer."""
@@ -92,18 +97,21 @@ class HubHandler(BaseHTTPRequestHandler):
         return True
 
     def file_info(self, path: str) -> dict:
-        data = self.hub.files[path]
-        oid = hashlib.sha1(data).hexdigest()
-        return {"type": "file", "path": path, "size": len(data), "oid": oid}
+        size = self.hub.sizes.get(path) or len(self.hub.files[path])
+        oid = hashlib.sha1(path.encode()).hexdigest()
+        return {"type": "file", "path": path, "size": size, "oid": oid}
 
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
         form = self.rfile.read(length)
+        self.hub.requests.append((self.command, self.path, ""))
         self.api(form)
 
     def do_GET(self) -> None:
         self.hub.requests.append((self.command, self.path, self.headers.get("Range", "")))
         self.hub.tokens.add(self.headers.get("Authorization"))
+        if "Range" in self.headers:
+            self.hub.encodings.add(self.headers.get("Accept-Encoding"))
         path = unquote(urlsplit(self.path).path)
         if path.startswith(f"/datasets/{self.hub.repo}/resolve/"):
             revision, _, name = path.split("/resolve/")[1].partition("/")
@@ -124,34 +132,56 @@ class HubHandler(BaseHTTPRequestHandler):
             sha = self.hub.revision if self.hub.revision in path else self.hub.main
             siblings = [{"rfilename": name} for name in self.hub.files]
             self.answer_json({"id": self.hub.repo, "sha": sha, "siblings": siblings})
+        elif path == "/api/datasets/corpus":  # an old name without an owner
+            self.answer(307, Location=f"{self.hub.url}{root}")
         elif path.startswith(f"{root}/tree/{self.hub.revision}"):
             folder = path.removeprefix(f"{root}/tree/{self.hub.revision}").strip("/")
             self.tree(folder, "recursive=True" in self.path or "recursive=true" in self.path)
         elif path == f"{root}/paths-info/{self.hub.revision}":
             is_json = form.startswith(b"{")
             wanted = (json.loads(form) if is_json else parse_qs(form.decode()))["paths"]
-            self.answer_json([self.file_info(name) for name in wanted if name in self.hub.files])
+            if len(wanted) > PAGE:  # the real hub's answer
+                error = json.dumps({"error": "too many parameters"}).encode()
+                return self.answer(413, error, Content_Type="application/json")
+            self.answer_json([self.file_info(name) for name in wanted if name in self.names])
         elif path.startswith(root):
             self.missing("RevisionNotFound")
         else:
             self.missing("RepoNotFound")
 
-    def tree(self, folder: str, recursive: bool) -> None:
-        prefix = folder + "/" if folder else ""
-        entries, folders = [], set()
-        for name in sorted(self.hub.files):
-            if name.startswith(prefix):
+    @property
+    def names(self) -> list[str]:
+        return [*self.hub.files, *self.hub.sizes]
+
+    def entries(self, folder: str, recursive: bool) -> list[dict]:
+        """What is in a folder, sorted by path. It is kept: an answer holds only a part of it."""
+        key = self.hub.revision, folder, recursive
+        if key not in self.hub.listings:
+            prefix = folder + "/" if folder else ""
+            found = {}
+            for name in filter(lambda name: name.startswith(prefix), self.names):
                 parts = name.removeprefix(prefix).split("/")
-                folders.update(prefix + "/".join(parts[:i]) for i in range(1, len(parts)))
+                for i in range(1, len(parts) if recursive else min(2, len(parts))):
+                    path = prefix + "/".join(parts[:i])
+                    found[path] = {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
                 if recursive or len(parts) == 1:
-                    entries.append(self.file_info(name))
-        if not entries and not folders:
+                    found[name] = self.file_info(name)
+            self.hub.listings[key] = [found[path] for path in sorted(found)]
+        return self.hub.listings[key]
+
+    def tree(self, folder: str, recursive: bool) -> None:
+        """List a folder, 1,000 entries in an answer, and in its header the address of the next."""
+        found = self.entries(folder, recursive)
+        if not found:
             return self.missing("EntryNotFound")
-        folders = folders if recursive else {f for f in folders if "/" not in f[len(prefix) :]}
-        directories = [
-            {"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders
-        ]
-        self.answer_json(sorted(directories + entries, key=lambda entry: entry["path"]))
+        url = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        start = int(query.get("cursor", 0))
+        query["cursor"] = str(start + PAGE)
+        address = f"{self.hub.url}{url.path}?{urlencode(query)}"
+        more = {"Link": f'<{address}>; rel="next"'} if len(found) > start + PAGE else {}
+        page = json.dumps(found[start : start + PAGE]).encode()
+        self.answer(200, page, Content_Type="application/json", **more)
 
     def resolve(self, revision: str, name: str) -> None:
         if revision not in (self.hub.revision, "main"):
@@ -159,6 +189,8 @@ class HubHandler(BaseHTTPRequestHandler):
         small = not name.endswith((".parquet", ".gz", ".jsonl", ".zst"))
         if small and self.fault(self.hub.api_faults.popleft() if self.hub.api_faults else None):
             return None
+        if self.hub.gate:
+            return self.missing("GatedRepo", self.hub.gate)
         if name not in self.hub.files:
             return self.missing("EntryNotFound")
         data = self.hub.files[name]

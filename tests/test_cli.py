@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import pytest
 from conftest import ROOT
+from tyro.conf import Positional
 
 from common.cli import (
     LossyStream,
@@ -20,6 +21,7 @@ from common.cli import (
     collect_stop_signals,
     explain,
     fail,
+    outlive_console,
     plain,
     run_command,
     say,
@@ -192,6 +194,41 @@ def test_flags_become_the_configuration(monkeypatch):
     assert configs == [Config(steps=5), Config(out=Path("5"))]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Paths:
+    """A command with paths of every kind."""
+
+    runs: Positional[tuple[Path, ...]]  # folders
+    out_dir: Path = Path("log")  # a folder
+    data: Path | None = None  # a file that must exist
+    prompt: str = ""  # text
+
+    def __post_init__(self):
+        if self.data and not self.data.exists():
+            raise ValueError(f"{self.data}: no such file: check --data")
+
+
+def test_a_tilde_in_a_path_is_the_home_folder_and_in_text_it_stays(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "d").touch()
+    configs = []
+    args = ["~/a", "b", "c/~/d", "--out_dir=~/x y", "--data", "~/d", "--prompt", "~/d"]
+    monkeypatch.setattr(sys, "argv", ["script.py", *args])
+    run_command(Paths, configs.append)
+    assert configs == [
+        Paths(
+            runs=(tmp_path / "a", Path("b"), Path("c/~/d")), out_dir=tmp_path / "x y",
+            data=tmp_path / "d", prompt="~/d",
+        )
+    ]  # fmt: skip
+
+
+def test_a_path_in_the_home_of_an_unknown_user_is_one_line(error_of):
+    path = "~nobody-of-this-name/x"
+    line = f"script.py: error: {path}: no such user: write the whole path\n"
+    assert error_of(never, "--out", path) == line
+
+
 def test_a_bad_flag_is_one_line_that_points_to_the_help(error_of, boxes):
     for args in (["--stepz", "5"], ["--steps", "five"], ["--steps"], ["extra"]):
         error = error_of(never, *args)
@@ -327,10 +364,26 @@ def test_a_console_that_can_be_written_again_shows_the_next_lines():
         assert reader.read().endswith("there is room again\n")
 
 
-def test_a_character_that_the_console_does_not_have_is_escaped():
-    script = (
-        "from common.cli import outlive_console\noutlive_console('stdout')\nprint('na\u00efve')"
-    )
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True)
-    assert (result.stdout.strip(), result.returncode) == (rb"na\xefve", 0)
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_character_that_the_console_does_not_have_is_escaped(monkeypatch, encoding):
+    text = "na\u00efve, \u6771\u4eac \U0001f642, a file name \udcff"
+
+    def run(config: Config) -> None:
+        print(text)
+        say(text)
+        raise ValueError(text)
+
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    for prepare in (lambda: None, lambda: outlive_console("stdout", "stderr")):
+        for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+            stream.reconfigure(errors="strict")  # as Python starts a command
+            monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(sys, "argv", ["script.py"])
+        prepare()
+        with pytest.raises(SystemExit):
+            run_command(Config, run)
+    for stream in streams:
+        stream.flush()
+    shown = text.encode(encoding, "backslashreplace")
+    assert streams[0].buffer.getvalue() == (shown + b"\n") * 4
+    assert streams[1].buffer.getvalue() == (b"script.py: error: " + shown + b"\n") * 2

@@ -1,14 +1,19 @@
 """common/files.py: files are put in place whole or not at all, and one process locks a folder."""
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import stat
+import time
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from common.files import UNFINISHED, atomic_write, locked, take_lock, write_atomically
+from common.files import UNFINISHED, atomic_write, locked, replace, take_lock, write_atomically
 
 ADVICE = ("--", ".py", "carry on", "make room", "command", "out_dir", "choose", "delete")
 
@@ -77,6 +82,70 @@ def test_data_is_on_disk_before_the_rename_and_the_new_name_after_it(tmp_path, m
     assert calls == ["fsync 5", "replace file", "fsync folder"]
 
 
+def refuse(number: int) -> Callable:
+    """A call that always fails with this error."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+NO_FSYNC = ["EINVAL", "EPERM", "ENOTSUP", "ENOSYS", "EBADF", "EACCES"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("name", [*NO_FSYNC, "EIO", "ENOSPC", "EDQUOT"])
+def test_a_file_is_written_where_there_is_no_fsync_but_not_if_the_disk_fails(
+    tmp_path, monkeypatch, kind, name
+):
+    fsync, number = os.fsync, getattr(errno, name)
+
+    def sometimes(file: int) -> None:
+        (refuse(number) if stat.S_ISDIR(os.fstat(file).st_mode) == (kind == "folder") else fsync)(
+            file
+        )
+
+    monkeypatch.setattr(os, "fsync", sometimes)
+    with (
+        contextlib.nullcontext() if name in NO_FSYNC else pytest.raises(OSError, match="cannot be")
+    ):
+        write_atomically(tmp_path / "file", b"data")
+    assert (tmp_path / "file").exists() == (name in NO_FSYNC or kind == "folder")
+
+
+def test_a_file_is_written_into_a_folder_that_cannot_be_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "open", refuse(errno.EACCES))  # files are opened by another call
+    write_atomically(tmp_path / "file", b"data")
+    assert (tmp_path / "file").read_bytes() == b"data"
+
+
+def test_windows_waits_a_moment_for_the_reader_of_an_old_file(tmp_path, monkeypatch):
+    pauses, tries, real = [], [], os.replace
+
+    def busy(*paths: Path) -> None:
+        tries.append(paths)
+        (refuse(errno.EACCES) if len(tries) < 3 else real)(*paths)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    with pytest.raises(PermissionError):
+        replace(tmp_path / "a", tmp_path / "b")
+    assert pauses == [], "elsewhere it means that the folder cannot be written"
+    tries.clear()
+    monkeypatch.setattr("common.files.os", WINDOWS := types.SimpleNamespace(**vars(os)))
+    WINDOWS.name = "nt"
+    replace(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "a"
+    assert pauses == [0.1, 0.2]
+    monkeypatch.setattr(WINDOWS, "replace", refuse(errno.EACCES))
+    with pytest.raises(PermissionError):
+        replace(tmp_path / "b", tmp_path / "a")
+    assert sum(pauses[2:]) < 4
+
+
 def test_write_atomically_joins_its_parts_and_returns_their_sha256(tmp_path):
     whole = b"header" + bytes(range(100))
     digest = write_atomically(tmp_path / "file", b"header", memoryview(bytes(range(100))))
@@ -119,6 +188,27 @@ def test_the_lock_is_free_after_an_error_and_when_its_file_is_closed(tmp_path):
     lock.close()
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL", "EIO"])
+def test_a_file_system_without_locks_is_no_folder_in_use(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(fcntl, "flock", refuse(getattr(errno, name)))
+    (tmp_path / f".killed{UNFINISHED}").touch()
+    with locked(tmp_path / "new"), locked(tmp_path):
+        assert not (tmp_path / f".killed{UNFINISHED}").exists()
+    reason = os.strerror(getattr(errno, name))
+    for folder, line in zip((tmp_path / "new", tmp_path), capsys.readouterr().out.splitlines()):  # noqa: B905
+        assert line == f"note: {folder} is on a file system without locks ({reason}): " + (
+            "never start two runs in this folder"
+        )
+    assert os.listdir(tmp_path) == [], "no lock file may stay, and stop the next run"
+
+
+@pytest.mark.parametrize("name", ["EWOULDBLOCK", "EACCES"])
+def test_a_lock_that_another_process_has_is_a_folder_in_use(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(fcntl, "flock", refuse(getattr(errno, name)))
+    with pytest.raises(ValueError, match="in use by another run"):
+        take_lock(tmp_path)
 
 
 def test_locked_leaves_no_lock_file_and_no_new_empty_folder(tmp_path):

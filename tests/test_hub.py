@@ -4,13 +4,17 @@ import gzip
 import json
 import os
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx2
 import numpy as np
 import pytest
 from data_helpers import (
+    ROOT,
     contents,
     expected_tokens,
     make_texts,
@@ -131,12 +135,141 @@ def test_a_run_stops_when_the_hub_stays_away_and_carries_on_later(hub, tmp_path,
 def test_offline_and_unknown_data_sets_are_one_line_errors(hub, tmp_path):
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     assert "HF_HUB_OFFLINE" in run_badly(*hub_args(tmp_path / "o"), env=offline)
-    assert "sample-10BT" in run_badly(*hub_args(tmp_path / "o", "none"))
-    assert "--split is one of train" in run_badly(*hub_args(tmp_path / "o"), "--split", "dev")
-    assert "org/other" in run_badly("--dataset", "org/other", "--out_dir", tmp_path / "o")
-    hub.files = {**hub.files, "corpus.py": b"a script, which `datasets` no longer runs"}
-    assert "scripts" in run_badly(*hub_args(tmp_path / "o"))
+    error = run_badly("--dataset", "org/other", "--out_dir", tmp_path / "o")
+    what = "the hub has no data set org/other, or it is private"
+    assert error.endswith(f"error: {what}: check --dataset, or set HF_TOKEN")
     assert not (tmp_path / "o").exists()
+
+
+# -----------------------------------------------------------------------------
+# finding the files of a data set
+
+ASK = """
+import json, sys
+from common.hub import HubFile, find_dataset
+for line in sys.stdin:
+    try:
+        match json.loads(line):
+            case [dataset, name, split]:
+                answer = find_dataset(dataset, name, split)
+            case [*file, parts]:
+                file = HubFile(*file, 0)
+                answer = [file.read(part).decode() for part in parts]
+    except Exception as error:
+        answer = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.fixture
+def ask(hub) -> Iterator[Callable[..., Any]]:
+    """A function that answers questions about files on the hub, in another process."""
+    words = [sys.executable, "-c", ASK]
+    process = subprocess.Popen(words, cwd=ROOT, stdin=-1, stdout=-1, text=True)
+
+    def ask(*question: object, files: dict[str, bytes] | None = None) -> Any:
+        if files is not None:  # a new revision: the client remembers the files of the old one
+            hub.files = files
+            hub.main = hub.revision = f"{int(hub.revision, 16) + 1:040x}"
+        process.stdin.write(json.dumps(question) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield ask
+    process.kill()
+    process.communicate()
+
+
+def card(*configs: dict[str, Any]) -> dict[str, bytes]:
+    """The README.md of a data set with these configurations. YAML can read JSON."""
+    return {"README.md": f"---\nconfigs: {json.dumps(configs)}\n---\n".encode()}
+
+
+def config(name: str, path: str, **more: Any) -> dict[str, Any]:
+    return {"config_name": name, "data_files": [{"split": "train", "path": path}], **more}
+
+
+def test_5_000_files_are_found_with_few_requests(hub, ask):
+    files = {
+        f"data/CC-MAIN-{i:03d}/{j:05d}.parquet": i + j + 1 for i in range(100) for j in range(50)
+    }
+    hub.sizes = {**files, "sample/a.parquet": 7}
+    readme = card(config("default", "data/*/*"), config("sample", "sample/*"))
+    revision, found = ask("org/corpus", "default", "train", files=readme)
+    assert (revision, found) == (hub.revision, [[path, size] for path, size in files.items()])
+    assert len(hub.requests) < 50, "the tree has 6 pages: no request for each folder or file"
+    assert not [path for _, path, _ in hub.requests if "paths-info" in path]
+
+
+def test_more_than_1_000_files_of_c4_are_found_by_language(hub, ask):
+    english = [f"en/c4-train.{i:05d}-of-01024.json.gz" for i in range(1024)]
+    others = [
+        f"multilingual/c4-{lang}.tfrecord-{i:05d}.json.gz" for lang in ("af", "zu") for i in (0, 1)
+    ]
+    hub.sizes = {
+        path: 1 + i for i, path in enumerate([*english, *others, "en/c4-validation.json.gz"])
+    }
+    readme = card(
+        config("en", "en/c4-train.*.json.gz"),
+        *(config(lang, f"multilingual/c4-{lang}.*.json.gz") for lang in ("af", "zu")),
+    )
+    assert ask("org/corpus", "en", "train", files=readme)[1] == [[p, hub.sizes[p]] for p in english]
+    assert ask("org/corpus", "zu", "train")[1] == [[p, hub.sizes[p]] for p in others[2:]]
+    several = "ValueError: org/corpus has several configurations: --name is one of en, af, zu"
+    assert ask("org/corpus", None, "train") == several
+    unknown = "ValueError: org/corpus has no configuration de: --name is one of en, af, zu"
+    assert ask("org/corpus", "de", "train") == unknown
+    no_split = "ValueError: org/corpus has no test: --split is one of train"
+    assert ask("org/corpus", "en", "test") == no_split
+
+
+def test_the_default_configuration_is_taken_without_a_name_and_old_names_lead_to_new_ones(hub, ask):
+    files = {"a/x.jsonl": b"1", "b/x.jsonl": b"22", "b/y z+%.jsonl": b"333"}
+    readme = card(config("a", "a/*"), config("b", "b/*", default=True))
+    found = [["b/x.jsonl", 2], ["b/y z+%.jsonl", 3]]
+    assert ask("org/corpus", None, "train", files=readme | files) == [hub.revision, found]
+    assert ask("corpus", None, "train") == [hub.revision, found]
+    assert ask("org/corpus", None, "train", files={"x.jsonl": b"1"}) == [
+        hub.revision,
+        [["x.jsonl", 1]],
+    ]
+    unknown = "ValueError: org/corpus has no configuration en: --name is one of default"
+    assert ask("org/corpus", "en", "train") == unknown
+
+
+def test_what_cannot_be_read_from_the_hub_is_refused_with_what_to_do(hub, ask):
+    def refused(*question: object, files: dict[str, bytes] | None = None) -> str:
+        error = ask(*(question or ("org/corpus", None, "train")), files=files)
+        assert error.startswith("ValueError: "), error
+        return error.removeprefix("ValueError: ")
+
+    script = refused(files={"corpus.py": b"", "x.jsonl": b"1"})
+    assert "scripts" in script and script.endswith(": choose another --dataset")
+    for files in ({"README.md": b"nothing else"}, {"x.unknown": b"1"}, card(config("a", "none/*"))):
+        what = "org/corpus has no files of a supported format"
+        assert refused(files=files) == f"{what}: choose another --dataset or --name"
+    what = "org/corpus has its text on another server than the hub"
+    hint = "download it, and name the files with --source"
+    for protocol in ("https", "s3"):
+        files = card(config("a", f"{protocol}://elsewhere.example/a.jsonl"))
+        assert refused(files=files) == f"{what}: {hint}"
+    url = "https://huggingface.co/datasets/org/corpus"
+    what = f"{url} is no name of a data set on the hub"
+    assert refused(url, None, "train") == f"{what}: --dataset is OWNER/NAME, as in allenai/c4"
+    gated = f"org/corpus is a gated data set: ask for access at {hub.url}/datasets/org/corpus"
+    for status in (401, 403):
+        hub.gate = status
+        assert refused(files={"x.jsonl": b"1"}) == f"{gated}, and set HF_TOKEN"
+        answer = ask("org/corpus", hub.revision, "x.jsonl", 1, [1])
+        assert answer == f"ValueError: {gated}, and set HF_TOKEN", "and while it is read"
+
+
+def test_a_small_file_that_the_hub_sends_whole_is_read_by_ranges_too(hub, ask):
+    text = "0123456789" * 5
+    hub.files["books/a.txt"] = text.encode()
+    parts = [text[:4], text[4:14], text[14:]]
+    assert ask("org/corpus", REVISION, "books/a.txt", 50, [4, 10, 100]) == parts
+    assert hub.encodings == {"identity"}, "a range of compressed bytes is no part of the text"
 
 
 # -----------------------------------------------------------------------------
@@ -230,10 +363,10 @@ def test_each_error_of_the_hub_is_temporary_or_says_what_to_do():
         r"the hub does not answer \(cut": json.JSONDecodeError("cut", "{", 1),
     }
     for message, error in temporary.items():
-        with pytest.raises(ConnectionError, match=message), hub_errors():
+        with pytest.raises(ConnectionError, match=message), hub_errors("org/corpus"):
             raise error
     lasting = {
-        "404 for url: check --dataset, or set HF_TOKEN": answer(404),
+        "410 for url: check --dataset, or set HF_TOKEN": answer(410),
         "401 for url: check --dataset, or set HF_TOKEN": answer(401),
         "HF_HUB_OFFLINE is set.*: unset it, or name local files": OfflineModeIsEnabled("offline"),
         "scripts are not supported: choose another --dataset": RuntimeError(
@@ -241,5 +374,5 @@ def test_each_error_of_the_hub_is_temporary_or_says_what_to_do():
         ),
     }
     for message, error in lasting.items():
-        with pytest.raises(ValueError, match=message), hub_errors():
+        with pytest.raises(ValueError, match=message), hub_errors("org/corpus"):
             raise error

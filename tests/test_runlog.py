@@ -1,6 +1,8 @@
 """RunLog: metrics.jsonl, the lines on the console, the status line, the dashboards."""
 
+import dataclasses
 import importlib.machinery
+import io
 import json
 import os
 import pty
@@ -9,13 +11,15 @@ import sys
 import termios
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, RUN, command, flags, read_metrics, run_command_line, run_train
 
 from common import runlog
-from common.runlog import RunLog, as_scalars
+from common.cli import run_command
+from common.runlog import RunLog, as_scalars, run_facts
 
 ABOUT = dict(
     config={"data_dir": "nowhere", "max_steps": 40, "total_batch_size": 1000}, n_params=1234567,
@@ -28,6 +32,11 @@ STEP = dict(
 )  # fmt: skip
 SPEED = {"tokens_per_sec": 500.0, "mfu": None}
 SCORE = dict(style="completion", acc=0.28591, acc_norm=0.29549)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """A command without flags."""
 
 
 def start_log(out_dir: Path, monkeypatch: pytest.MonkeyPatch, on_terminal: bool) -> RunLog:
@@ -143,6 +152,43 @@ def test_an_error_of_the_run_is_not_hidden_by_one_from_closing_the_log(tmp_path)
 
 
 # -----------------------------------------------------------------------------
+# what is known of a run
+
+FACTS = {
+    "step": 6, "data_source": "hub org/corpus", "git": "f00", "val_loss": 3.5,
+    "hellaswag_acc": 0.28, "hellaswag_acc_norm": 0.29, "hellaswag_n": 42,
+    "hellaswag_style": "harness",
+}  # fmt: skip
+LINES = [
+    {"event": "run", "step": 0, "data_source": "hub org/corpus", "git_hash": "f00"},
+    {"event": "val", "step": 0, "loss": 10.9},
+    {"event": "hellaswag", "step": 0, "style": "harness", "acc": 0.25, "acc_norm": 0.26, "n": 9},
+    {"event": "train", "step": 4, "loss": 5.0},
+    {"event": "val", "step": 5, "loss": 3.5},
+    {"event": "hellaswag", "step": 5, "style": "harness", "acc": 0.28, "acc_norm": 0.29, "n": 42},
+    {"event": "train", "step": 5, "loss": 4.0},
+]  # fmt: skip
+
+
+def test_the_facts_of_a_run_are_the_newest_up_to_a_step(tmp_path):
+    assert run_facts(tmp_path) == {} == run_facts(tmp_path / "none")
+    text = "".join(json.dumps(line) + "\n" for line in LINES)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert run_facts(tmp_path) == FACTS == run_facts(tmp_path, 6)
+    assert run_facts(tmp_path, 5) == {**FACTS, "step": 5}, "step 5 of train is the sixth update"
+    first = {"val_loss": 10.9, "hellaswag_acc": 0.25, "hellaswag_acc_norm": 0.26, "hellaswag_n": 9}
+    assert run_facts(tmp_path, 4) == {**FACTS, **first, "step": 0}
+
+
+def test_damaged_lines_and_unknown_facts_are_left_out(tmp_path):
+    text = '{"event": "run", "step": 0, "data_source": null, "git_hash": null}\n'
+    text += '3\n[]\n{}\n\n{"event": "val", "step": 1}\n{"event": "val", "step": "x", "loss": 1}\n'
+    text += '{"event": "val", "step": 2, "loss": 3.5}\n\0\0\n{"event": "val", "step": 3, "lo\xff'
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
+    assert run_facts(tmp_path) == {"step": 2, "val_loss": 3.5}
+
+
+# -----------------------------------------------------------------------------
 # the console
 
 
@@ -189,6 +235,29 @@ def test_each_event_has_its_console_line(
     assert line == (lines[0] if on_terminal else lines[-1])
     assert bool(end) == bool(line)
     assert bool(status) == (on_terminal and event == "train")
+
+
+@pytest.mark.parametrize("on_terminal", [True, False], ids=["terminal", "pipe"])
+def test_a_sample_that_the_console_cannot_print_does_not_end_a_run(
+    tmp_path, monkeypatch, on_terminal
+):
+    """Windows redirects into cp1252, which has neither the characters nor the bar of the status."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["train_gpt2.py"])
+
+    def run(_: Options) -> None:
+        with start_log(tmp_path, monkeypatch, on_terminal) as log:
+            log.write("train", 0, **STEP)
+            log.write("sample", 1, text="Hello, \u6771\u4eac \U0001f642")
+            log.say("a line with \u6771")
+
+    run_command(Options, run)
+    stdout.flush()
+    shown = stdout.buffer.getvalue().decode("cp1252")
+    assert "step 1: sample: 'Hello, \\u6771\\u4eac \\U0001f642'" in shown
+    assert "a line with \\u6771" in shown
+    assert read_metrics(tmp_path, "sample")[0]["text"] == "Hello, \u6771\u4eac \U0001f642"
 
 
 LEFT = ("0:01:18", "0:00:38", "0:01:14")  # 39 steps of 2 s, 38 of 1 s, 37 of 0.9 * 1 + 0.1 * 11 s
@@ -292,14 +361,41 @@ def test_a_folder_is_not_taken_for_a_package(tmp_path, monkeypatch):
         runlog.check_installed("only_a_folder")
 
 
+def stand_in_for_wandb(monkeypatch: pytest.MonkeyPatch, init: Callable) -> None:
+    """Let `import wandb` give a module with this function `init`."""
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="here")
+    wandb.init, wandb.errors = init, types.SimpleNamespace(Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+
+def test_the_project_and_name_of_wandb_are_those_of_the_environment_if_it_has_any(
+    tmp_path, monkeypatch
+):
+    given = {}
+
+    def init(**arguments):
+        given.update(arguments)
+        return types.SimpleNamespace(id="an id", define_metric=lambda *_, **__: None)
+
+    stand_in_for_wandb(monkeypatch, init)
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    runlog.WeightsAndBiases(Path(), None)
+    assert (given["project"], given["name"]) == ("gpt2", tmp_path.name), "'.' has no name"
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_NAME", "first try")
+    runlog.WeightsAndBiases(tmp_path / "log", None)
+    assert (given["project"], given["name"]) == ("mine", "first try")
+    assert "entity" not in given, "wandb takes WANDB_ENTITY itself"
+
+
 def test_a_refusal_by_wandb_says_what_to_do(tmp_path, monkeypatch):
     def refuse(**_):
         raise RuntimeError("no API key\nmore lines")
 
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="here")
-    wandb.init, wandb.errors = refuse, types.SimpleNamespace(Error=RuntimeError)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    stand_in_for_wandb(monkeypatch, refuse)
     (tmp_path / "metrics.jsonl").write_text("as before")
     with pytest.raises(ValueError, match=r"^--wandb: no API key: run `wandb login`"):
         RunLog(tmp_path, 0, is_main=True, wandb=True)

@@ -1,5 +1,6 @@
 """common/workers.py: the pool reports a dead worker and leaves no process behind."""
 
+import math
 import os
 import signal
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common.workers import count_cores, worker_pool
+from common import workers
+from common.workers import cgroup_cores, count_cores, worker_pool
 
 ROOT = Path(__file__).parent.parent
 KILLED = """
@@ -53,7 +55,69 @@ def test_workers_end_when_the_main_process_is_killed():
     assert int(result.stdout)
 
 
+def fake_root(root: Path, files: dict[str, str]) -> Path:
+    """Write files as they are in /proc and /sys of a container."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+CPU, MAX = "sys/fs/cgroup/cpu,cpuacct/", "sys/fs/cgroup/"
+V1 = {"proc/self/cgroup": "9:memory:/m\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/abc\n"}
+V2 = {"proc/self/cgroup": "0::/kubepods/pod:1/abc\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, math.inf),  # no Linux
+        (V2, math.inf),
+        ({**V2, MAX + "kubepods/pod:1/abc/cpu.max": "150000 100000\n"}, 1.5),
+        ({**V2, MAX + "kubepods/pod:1/abc/cpu.max": "max 100000\n"}, math.inf),
+        ({**V2, MAX + "kubepods/pod:1/abc/cpu.max": "damaged\n"}, math.inf),
+        ({**V2, MAX + "kubepods/cpu.max": "50000 100000\n", MAX + "cpu.max": "max 100000\n"}, 0.5),
+        ({**V2, MAX + "cpu.max": "400000 100000\n"}, 4),  # the container's own group is the root
+        (
+            {**V2, MAX + "kubepods/pod:1/abc/cpu.max": "3 1\n", MAX + "kubepods/cpu.max": "2 1\n"},
+            2,
+        ),
+        ({"proc/self/cgroup": "0::/\n", MAX + "cpu.max": "200000 100000\n"}, 2),
+        ({"proc/self/cgroup": "0::/../other\n", MAX + "cpu.max": "200000 100000\n"}, 2),
+        (V1, math.inf),
+        (
+            {
+                **V1,
+                CPU + "docker/abc/cpu.cfs_quota_us": "250000\n",
+                CPU + "docker/abc/cpu.cfs_period_us": "100000\n",
+            },
+            2.5,
+        ),
+        ({**V1, CPU + "cpu.cfs_quota_us": "-1\n", CPU + "cpu.cfs_period_us": "100000\n"}, math.inf),
+        (
+            {
+                **V1,
+                MAX + "cpu/cpu.cfs_quota_us": "50000\n",
+                MAX + "cpu/cpu.cfs_period_us": "100000\n",
+            },
+            0.5,
+        ),
+        ({**V1, MAX + "memory/m/cpu.cfs_quota_us": "1\n"}, math.inf),
+    ],
+)
+def test_the_cpu_limit_of_a_container_is_found_at_every_level(tmp_path, files, cores):
+    assert cgroup_cores(fake_root(tmp_path, files)) == cores
+
+
+@pytest.mark.parametrize(("limit", "cores"), [(0.1, 1), (1.5, 2), (2, 2), (7.5, 4), (math.inf, 4)])
+def test_a_part_of_a_core_counts_as_one_and_the_affinity_is_the_most(monkeypatch, limit, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(workers, "cgroup_cores", lambda: limit)
+    assert (count_cores(), type(count_cores())) == (cores, int)
+
+
 def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(workers, "cgroup_cores", lambda: math.inf)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 6}, raising=False)
     assert count_cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
