@@ -40,7 +40,7 @@ from common.generate import sample_text
 from common.huggingface import write_huggingface
 from common.layer_stats import LayerStats
 from common.muon import Muon
-from common.runlog import METRICS, RunLog
+from common.runlog import METRICS, RunLog, run_facts
 from common.shards import fingerprint, open_shards
 from common.weights import read_weights
 from hellaswag import questions_for_training, score
@@ -125,7 +125,7 @@ class TrainConfig:
     block_size: int | None = None  # context length, in tokens
     vocab_size: int | None = None  # token ids (50257), padded to a multiple of 128 in memory
     dropout: float = 0.0  # probability; 0 is best if the data is read about once
-    init_from: str | None = None  # checkpoint, Hugging Face folder or hub name to start from
+    init_from: str | None = None  # model to start from: checkpoint, run, folder, hub name
     # batch
     total_batch_size: int | None = None  # tokens a step, over all ranks
     micro_batch_size: int | None = None  # rows at a time on one device (default: what fits)
@@ -351,9 +351,8 @@ class GPT(nn.Module):
 def load_model(name_or_path: str | Path | None, device: torch.device | str = "cpu") -> GPT:
     """Return a trained model in eval mode, float32, on `device`. Rank 0 reads it for all ranks.
 
-    `name_or_path`: a checkpoint `*.pt`, a folder in Hugging Face format, or a hub name such as
-    `gpt2`; None: the newest checkpoint in log/, else `gpt2`. Raises ValueError or
-    FileNotFoundError if there is no such model or its file is damaged.
+    `name_or_path`: a file, folder or hub name of docs/inputs.md; None: the newest checkpoint under
+    log/, else `gpt2`. Raises ValueError or OSError if there is no such model or it is damaged.
     """
     name, sizes, weights = ranks.on_rank_0(read_weights, name_or_path)
     try:
@@ -704,17 +703,18 @@ def initial_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
     if config.init_from is None:
         return GPT(config.model_config())
     model = load_model(config.init_from)
+    sizes, weights = plain(model.config) | {"dropout": config.dropout}, model.state_dict()
+    if (T := config.block_size) and T < sizes["block_size"]:  # positions beyond are never read
+        sizes, weights = checkpoint.crop_positions(sizes, weights, T)
     for name in MODEL_FIELDS:
-        asked, has = getattr(config, name), getattr(model.config, name)
-        if asked not in (None, has):
+        if (asked := getattr(config, name)) not in (None, has := sizes[name]):
             raise ValueError(f"{name} {asked}: {config.init_from} has {has}: leave it out")
-    model_config = {**plain(model.config), "dropout": config.dropout}
-    return checkpoint.build_model(GPT, GPTConfig, model_config, dict(model.named_parameters()))
+    return checkpoint.build_model(GPT, GPTConfig, sizes, weights)
 
 
 def open_windows(config: TrainConfig, T: int, vocab_size: int) -> tuple[Windows, Windows]:
     """Return the windows for training and for validation; ValueError if there are too few."""
-    damaged = "run fineweb.py again to repair the data, or give the --vocab_size of its tokenizer"
+    damaged = "repair it with fineweb.py, or remove it, or give the --vocab_size of its tokenizer"
     missing = "make the data with fineweb.py, or check --data_dir"
     with advice(damaged, ValueError), advice(missing, OSError):
         train, val = (Windows(config.data_dir, name, T, vocab_size) for name in ("train", "val"))
@@ -750,7 +750,7 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
     with advice("start all ranks with the same command and the same files"):  # paths may differ
         ranks.check_equal({**plain(config), **facts, "data_dir": "", "out_dir": ""})
     if state:
-        with advice("give another --out_dir"):
+        with advice("give another --out_dir (--init_from takes over the weights alone)"):
             checkpoint.check_same_run(state, plain(config), data)
 
     # model and data
@@ -811,8 +811,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     run.notes.append(f"continuing after step {run.step}")
     before, now = state["train_config"]["max_steps"], run.config.max_steps
     if before != now:
-        changed = "the learning rates change from here on"
-        run.notes.append(f"max_steps was {before}, is now {now}: {changed}")
+        run.notes.append(f"max_steps was {before}, is now {now}: the learning rates change")
 
 
 def save(run: Run, log: RunLog) -> str:
@@ -912,7 +911,7 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
     B, T, cuda = run.micro_batch_size, model.config.block_size, machine.device.type == "cuda"
 
     # How often, in steps. HellaSwag and samples need GPT-2's tokens. HellaSwag is slow on a CPU.
-    gpt2_ids = model.config.vocab_size == 50257
+    gpt2_ids = model.config.vocab_size >= 50257
     hellaswag_every = 250 * cuda if config.hellaswag_every is None else config.hellaswag_every
     questions = questions_for_training(machine) if hellaswag_every and gpt2_ids else None
     every = {
@@ -956,8 +955,9 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
                 raise OSError(f"{unsaved} and continue with --resume")
             if run.finished:  # the final weights, for other programs
                 weights, folder = dict(model.named_parameters()), config.out_dir / "hf"
-                with advice(f"make room, or empty {folder}, then run export.py"):
-                    ranks.on_rank_0(write_huggingface, plain(model.config), weights, folder)
+                facts = run_facts(config.out_dir)  # for the model card: loss, data, commit
+                with advice("make room, then run export.py"):
+                    ranks.on_rank_0(write_huggingface, plain(model.config), weights, folder, facts)
             return
         if unsaved:  # the older checkpoints are still there, so training may continue
             log.say(f"warning: {unsaved}")

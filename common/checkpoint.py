@@ -1,12 +1,13 @@
 """A run's state on disk: its format, written whole or not at all, and checked before it is used."""
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import serialization
 
 from common.files import atomic_write
 
@@ -59,6 +60,23 @@ def checkpoint_paths(out_dir: Path) -> list[Path]:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return a checkpoint's dict, on the CPU. Raises ValueError if a single byte is wrong."""
+    state = read_pickle(path)
+    if not is_checkpoint(state):
+        raise ValueError(f"{path}: not a whole checkpoint (it holds no model)")
+    return state
+
+
+def is_checkpoint(state: Any) -> bool:
+    """Tell whether this is what a checkpoint of ours holds."""
+    return isinstance(state, dict) and {"model", "model_config"} <= state.keys()
+
+
+def read_pickle(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
+    """Return what torch.save has written, on the CPU, without running any code in it.
+
+    `stand_ins`: classes that take the place of the classes with these names. Raises ValueError if a
+    single byte is wrong or if the file holds objects of any other class.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
@@ -67,13 +85,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             if archive.testzip() is not None:
                 raise ValueError("a checksum differs")
         # A pickle can run any code. weights_only refuses all but tensors and plain types.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"model", "model_config"} <= state.keys():
-            raise ValueError("it holds no model")
+        with serialization.safe_globals([*stand_ins]):
+            unsafe = serialization.get_unsafe_globals_in_checkpoint(path)
+            if unsafe:  # torch.load refuses them too, but does not name them in its first line
+                raise ValueError(f"it holds {unsafe[0]}, which may run code")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle and torch raise many kinds on damage
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a whole checkpoint ({reason})") from None
-    return state
 
 
 def newest_checkpoint(out_dir: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -165,6 +184,21 @@ def check_shapes(weights: dict[str, torch.Tensor], shapes: dict[str, tuple[int, 
             raise ValueError(f"{name} is missing")
         if tuple(weights[name].shape) != shape:
             raise ValueError(f"{name} is {tuple(weights[name].shape)}, not {shape}")
+
+
+def crop_positions(
+    model_config: dict[str, Any], weights: dict[str, torch.Tensor], block_size: int
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the configuration and weights of a model that reads only `block_size` tokens.
+
+    The first positions compute what they did before. Raises ValueError if the model has fewer.
+    """
+    name = "transformer.wpe.weight"
+    rows = len(weights[name])
+    if block_size > rows:
+        raise ValueError(f"block_size {block_size}: the model has {rows} positions")
+    wpe = weights[name][:block_size].clone()  # a view would be saved with all its rows
+    return {**model_config, "block_size": block_size}, {**weights, name: wpe}
 
 
 # These settings must be the same to resume a run: a change in one of them makes it another run. The

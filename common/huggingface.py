@@ -1,27 +1,33 @@
 """Folders in Hugging Face format: read as sizes and weights, and written from them.
 
-Such a folder holds config.json (the sizes), model.safetensors (the weights) and the tokenizer's
-files. `transformers`, lm_eval and many other tools load it. A safetensors file holds numbers only:
-unlike a pickle, it cannot run code.
+Such a folder holds config.json (the sizes), model.safetensors or several such files with an index
+(the weights), and the tokenizer's files. `transformers`, lm_eval and many other tools load it. A
+safetensors file holds numbers only: unlike a pickle, it cannot run code.
 """
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.tokenizer import EOT, get_tokenizer
+from common.files import sync
+from common.foreign import clean_name, describe, pickled, refuse_foreign_folder
+from common.model_card import CARD, is_untouched, model_card
+from common.tokenizer import EOT
+from common.tokenizer_files import find_other_tokenizer, tokenizer_files
 
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+OTHERWISE = "give a folder in Hugging Face format, or a checkpoint"
 # OpenAI's code multiplies x @ W, so these matrices are stored as (in, out), under the name Conv1D.
 # nn.Linear holds them as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "c_proj.weight", "c_fc.weight")
-FILES = (  # of an export
-    "config.json", "generation_config.json", "model.safetensors",
+FILES = (  # of an export, besides the model card
+    CONFIG, WEIGHTS, "generation_config.json",
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
 )  # fmt: skip
 ONLY = {  # settings in which relatives of GPT-2 differ, and the one value that our model computes
@@ -33,34 +39,102 @@ ONLY = {  # settings in which relatives of GPT-2 differ, and the one value that 
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # short for openai-community/gpt2, ...
+Find = Callable[[str], Path | None]  # from a file's name to its path; None: the model has no such
+
+# -----------------------------------------------------------------------------
+# finding a model's files
+
+
+def find_in_folder(folder: Path) -> Find:
+    """Return what finds the files of a folder."""
+    return lambda name: folder / name if (folder / name).is_file() else None
+
+
+def find_on_hub(name: str) -> Find:
+    """Return what finds, and downloads, the files of a model on the hub.
+
+    Without the hub, it finds the files that were downloaded before. Raises FileNotFoundError if the
+    hub has no such model or cannot be reached.
+    """
+    import httpx2
+    from huggingface_hub import errors, hf_hub_download
+
+    repo = f"openai-community/{name}" if name in OPENAI else name
+
+    def find(file: str) -> Path | None:
+        large = file.endswith(".bin")  # only whether it exists: it is not read
+        try:
+            found = hf_hub_download(repo, file, dry_run=large)
+        except errors.EntryNotFoundError:
+            return None
+        except (httpx2.HTTPError, OSError) as error:
+            what = f"{name}: {file} could not be downloaded ({first_line(error)})"
+            raise OSError(f"{what}: try again later") from None
+        return Path(file if large else found)
+
+    try:
+        hf_hub_download(repo, CONFIG)
+        return find
+    except errors.GatedRepoError:
+        reason = "access is restricted: ask for it on the model's page, and set HF_TOKEN"
+    except errors.RepositoryNotFoundError:
+        reason = "no such name there, or a private one, which needs HF_TOKEN"
+    except (OSError, errors.EntryNotFoundError, errors.HFValidationError) as error:
+        gone = isinstance(error, errors.RemoteEntryNotFoundError)
+        reason = f"{repo} has no {CONFIG}" if gone else first_line(error)
+    raise FileNotFoundError(
+        f"{name}: no such folder, and the hub does not have it ({reason}): give a checkpoint, a "
+        "folder, or a hub name such as gpt2"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error, which may have many."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def find_weights(source: str | Path, file: str | None, find: Find) -> list[Path]:
+    """Return a model's safetensors files. `file`: the one that the user has named, if any.
+
+    Raises OSError or ValueError if a file is missing or the weights are in another format.
+    """
+    if file and (part := re.fullmatch(r"(.+)-\d+-of-\d+\.safetensors", file)):
+        file = f"{part[1]}.safetensors.index.json"  # the other parts are needed too
+    names = [file] if file else [WEIGHTS, INDEX]
+    for name in names:
+        if path := find(name):
+            return [path] if path.suffix != ".json" else find_parts(source, path, find)
+    if find("pytorch_model.bin") or find("pytorch_model.bin.index.json"):
+        what, what_to_do = pickled(source)
+        raise ValueError(f"{source} has only pytorch_model.bin, {what}: {what_to_do}")
+    if Path(source).is_dir():
+        refuse_foreign_folder(Path(source))
+    where = "" if Path(source).is_dir() else " on the hub, or the hub does not answer"
+    raise FileNotFoundError(f"{source} has no {' and no '.join(names)}{where}: {OTHERWISE}")
+
+
+def find_parts(source: str | Path, index: Path, find: Find) -> list[Path]:
+    """Return the files that an index names. Raises OSError or ValueError if one is missing."""
+    try:
+        names = sorted({*json.loads(index.read_bytes())["weight_map"].values()})
+        inside = all(name == os.path.basename(name) for name in names)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        names, inside = [], False
+    if not names or not inside:
+        raise ValueError(f"{index} is not an index of weights: get the file again")
+    if not names[0].endswith(".safetensors"):
+        what, what_to_do = pickled(source)
+        raise ValueError(f"{index} names {names[0]}, {what}: {what_to_do}")
+    paths = {name: find(name) for name in names}
+    if missing := [name for name, path in paths.items() if path is None]:
+        what = f"{source} has no {missing[0]}, one of {len(names)} files with its weights"
+        raise FileNotFoundError(f"{what}: get the file")
+    return [path for path in paths.values() if path]
+
 
 # -----------------------------------------------------------------------------
 # reading
-
-
-def find_model_files(name_or_path: str) -> tuple[Path, Path]:
-    """Return the config.json and the model.safetensors of a local folder or a hub name."""
-    names = ("config.json", "model.safetensors")
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        for name in names:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder} has no {name}: give a folder in Hugging Face format, or a checkpoint"
-                )
-        return folder / names[0], folder / names[1]
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-    repo = name_or_path if "/" in name_or_path else f"openai-community/{name_or_path}"
-    try:
-        return Path(hf_hub_download(repo, names[0])), Path(hf_hub_download(repo, names[1]))
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{name_or_path}: no such folder, and the hub does not have it ({reason}): give a "
-            "checkpoint, a folder, or a hub name such as gpt2"
-        ) from None
 
 
 def read_config(path: Path) -> dict[str, int]:
@@ -94,37 +168,60 @@ def read_config(path: Path) -> dict[str, int]:
     return sizes
 
 
-def read_huggingface(name_or_path: str) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
-    """Return sizes and weights (float32) of a folder in Hugging Face format, or of a hub name.
+def read_huggingface(name_or_path: str | Path) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    """Return sizes and weights (float32) of a model in Hugging Face format.
 
-    The names and layouts are ours: sizes as in GPTConfig, weights as in GPT. The embedding has
-    `vocab_size` rows and no padding. Nothing is compared with the sizes: `build_model` does that.
-    Raises FileNotFoundError or ValueError that names the file and what is wrong.
+    `name_or_path`: a folder, a safetensors file or index in it, or a hub name. The names and
+    layouts are ours: sizes as in GPTConfig, weights as in GPT. The embedding has `vocab_size` rows
+    and no padding. Nothing is compared with the sizes: `build_model` does that. Raises OSError or
+    ValueError that names the file, what is wrong and what to do.
     """
+    path, source, file = Path(name_or_path), name_or_path, None
+    if path.is_file():
+        source, file = path.parent, path.name
+    find = find_in_folder(Path(source)) if Path(source).is_dir() else find_on_hub(str(source))
+    config = find(CONFIG)
+    if config is None:
+        if file:
+            raise FileNotFoundError(f"{path} needs a {CONFIG} beside it: put it there")
+        refuse_foreign_folder(path)
+        raise FileNotFoundError(f"{path} has no {CONFIG}: {OTHERWISE}")
+    sizes = read_config(config)
+    # Another tokenizer gives every id another meaning. This comes before a long download.
+    if other := find_other_tokenizer(find):
+        what = f"{source} has another tokenizer than GPT-2's ({other})"
+        raise ValueError(f"{what}: give a model with GPT-2's")
+    weights = {}
+    for part in find_weights(source, file, find):
+        weights |= read_safetensors(part)
+    return sizes, weights
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file under our names, as our layers store them."""
     import safetensors
 
-    config_path, path = find_model_files(name_or_path)
-    sizes = read_config(config_path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return sizes, read_tensors(file, path)
+            return read_tensors(file, path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: damaged ({error}): get the file again") from None
+        what, what_to_do = describe(path) or (f"damaged ({error})", "get the file again")
+        raise ValueError(f"{path}: {what}: {what_to_do}") from None
 
 
 def read_tensors(file: Any, path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of an open safetensors file under our names, as our layers store them."""
-    # Older files have no prefix, and they hold the causal mask of every layer as a buffer.
-    keys = [key for key in sorted(file.keys()) if not key.endswith((".attn.bias", ".masked_bias"))]
+    """Return the tensors (float32) of an open safetensors file under our names, in our layout."""
     weights = {}
-    for key in keys:
-        name = f"transformer.{key.removeprefix('transformer.')}"
-        if name == "transformer.lm_head.weight":
-            name = "lm_head.weight"
+    for key in sorted(file.keys()):
+        name = clean_name(key)
+        if name is None:
+            continue
+        if name != "lm_head.weight":  # older files have no prefix
+            name = f"transformer.{name.removeprefix('transformer.')}"
         tensor = file.get_tensor(key)
         if not tensor.is_floating_point():
             what = f"{name} holds {tensor.dtype}, not floats"
-            raise ValueError(f"{path}: {what}: get the file again")
+            raise ValueError(f"{path}: {what}: give another model")
         if name.endswith(TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.t()
         # A copy: the tensors of the file are memory-mapped, and the file may change or go away.
@@ -137,18 +234,21 @@ def read_tensors(file: Any, path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_huggingface(
-    model_config: dict[str, Any], weights: dict[str, torch.Tensor], folder: Path
+    model_config: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    facts: dict[str, Any] | None = None,
 ) -> None:
     """Write a model as a folder that `transformers` can load.
 
-    `model_config` and `weights` are those of a checkpoint (`model_config`, `model`). The folder
-    appears whole or not at all, and replaces an earlier export. Raises what `check_folder` raises,
-    and OSError if the disk is full.
+    `model_config` and `weights` are those of a checkpoint (`model_config`, `model`), `facts` those
+    of `run_facts`, for the model card. The folder appears whole or not at all, and replaces an
+    earlier export. Other files in it stay, and so does a model card that the user has changed.
+    Raises OSError if the folder cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    check_folder(folder)
     vocab_size, tensors = model_config["vocab_size"], {}
     for name, p in weights.items():
         tensor = p.detach().cpu().float()
@@ -160,38 +260,77 @@ def write_huggingface(
     end = end if vocab_size > EOT else {}
     texts = tokenizer_files(model_config["block_size"]) if end else {}
     texts["generation_config.json"] = json.dumps(end, indent=2)
-    texts["config.json"] = json.dumps(huggingface_config(model_config) | end, indent=2)
+    texts[CONFIG] = json.dumps(huggingface_config(model_config) | end, indent=2)
+    texts[CARD] = model_card(model_config, facts or {})
 
     # Fill a new folder, then give it the name: an error on the way leaves the earlier export.
     folder = folder.resolve()
     new, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
+    restore(old, folder)  # if a process was killed between the two renames below
     for leftover in new, old:
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        if (folder / CARD).exists() and not is_untouched(folder / CARD):
+            del texts[CARD]
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         for name, text in texts.items():
-            (new / name).write_text(text, encoding="utf-8")
+            (new / name).write_bytes(text.encode())
         for path in new.iterdir():
             with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+                sync(file.fileno())
         if folder.exists():
+            keep_others(folder, new)
             folder.rename(old)
         new.rename(folder)
     except SafetensorError as error:  # its form of an OSError
         raise OSError(str(error)) from None
     finally:
+        restore(old, folder)
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def restore(old: Path, folder: Path) -> None:
+    """Give a folder its name again, if nothing has taken its place."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+def keep_others(folder: Path, new: Path) -> None:
+    """Give the files of a folder that `new` does not have to `new` too, as links or as copies."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except (NotImplementedError, OSError):  # not every system has hard links
+            shutil.copy2(source, target, follow_symlinks=False)
+
+    for path in folder.iterdir():
+        if path.name in FILES or (new / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=link)
+        else:
+            link(str(path), str(new / path.name))
+
+
 def check_folder(folder: Path) -> None:
-    """Raise ValueError if a folder holds other files than an earlier export."""
-    unknown = {path.name for path in folder.glob("*")} - {*FILES}
-    if unknown:
-        raise ValueError(f"{folder} holds {min(unknown)}, which is not part of an export")
+    """Raise ValueError if this is no place for an export: a file, or a folder of other things."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if names and not is_export(folder):
+        raise ValueError(f"{folder} holds {names[0]} and no earlier export")
+
+
+def is_export(folder: Path) -> bool:
+    """Tell whether a folder holds the configuration of a GPT-2."""
+    try:
+        read_config(folder / CONFIG)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def huggingface_config(model_config: dict[str, Any]) -> dict[str, Any]:
@@ -207,58 +346,4 @@ def huggingface_config(model_config: dict[str, Any]) -> dict[str, Any]:
         "n_embd": model_config["n_embd"],
         **{f"{place}_pdrop": model_config["dropout"] for place in ("embd", "attn", "resid")},
         "dtype": "float32",
-    }
-
-
-def merges(tokens: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """Yield, for each token longer than one byte, the two tokens that BPE merges into it.
-
-    tiktoken's file lists the tokens by rank, without these pairs. To find a pair, run BPE on the
-    token's own bytes, the merge of lowest rank first, and stop when two parts are left.
-    """
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    for token in tokens:
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
-            i = pairs.index(min(pairs))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            yield parts[0], parts[1]
-
-
-def tokenizer_files(block_size: int) -> dict[str, str]:
-    """Return the files, by name, that make `AutoTokenizer` encode as `get_tokenizer()` does."""
-    # These files are text, but tokens are bytes. GPT-2 writes each byte as a visible character:
-    # itself if it is visible in Latin-1, else the next free one from 256 on.
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    characters = {byte: chr(byte) for byte in visible}
-    characters |= {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-
-    def write(token: bytes) -> str:
-        return "".join(characters[byte] for byte in token)
-
-    end = "<|endoftext|>"
-    tokens = [get_tokenizer().decode_single_token_bytes(i) for i in range(EOT)]
-    vocab = {write(token): i for i, token in enumerate(tokens)} | {end: EOT}
-    lines = [f"{write(a)} {write(b)}" for a, b in merges(tokens)]
-    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    special = {"id": EOT, "content": end, "special": True, "normalized": False}
-    special |= {"single_word": False, "lstrip": False, "rstrip": False}
-    fast = {
-        "version": "1.0",
-        "added_tokens": [special],
-        "pre_tokenizer": {**bytewise, "use_regex": True},  # GPT-2's split into words
-        "post_processor": {**bytewise, "trim_offsets": False},
-        "decoder": bytewise,
-        "model": {"type": "BPE", "vocab": vocab, "merges": lines},
-    }
-    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
-    settings |= {"bos_token": end, "eos_token": end, "unk_token": end, "add_prefix_space": False}
-    return {
-        "vocab.json": json.dumps(vocab, ensure_ascii=False),
-        "merges.txt": "\n".join(["#version: 0.2", *lines, ""]),
-        "tokenizer.json": json.dumps(fast, ensure_ascii=False),
-        "tokenizer_config.json": json.dumps(settings, indent=2),
     }

@@ -16,6 +16,7 @@ from common.checkpoint import (
     build_model,
     check_same_run,
     checkpoint_paths,
+    crop_positions,
     newest_checkpoint,
     read_checkpoint,
     write_checkpoint,
@@ -196,6 +197,21 @@ def test_the_head_is_tied_to_the_embedding(model, weights):
         assert len(list(again.parameters())) == len(weights)
     with pytest.raises(ValueError, match=r"another architecture: lm_head\.weight"):
         build_model(GPT, GPTConfig, vars(model.config), {**weights, "lm_head.weight": wte + 1})
+
+
+def test_fewer_positions_compute_the_same_and_are_saved_without_the_others(
+    model, weights, tmp_path
+):
+    sizes, cropped = crop_positions(plain(model.config), weights, 5)
+    again = build_model(GPT, GPTConfig, sizes, cropped).eval()
+    assert again.config == dataclasses.replace(model.config, block_size=5)
+    assert again(IDX[:, :5]).equal(model(IDX[:, :5]))
+    name = "transformer.wpe.weight"
+    assert cropped[name].untyped_storage().nbytes() == 5 * 32 * 4
+    assert weights[name].shape == (16, 32) and model.config.block_size == 16
+    assert crop_positions(plain(model.config), weights, 16)[1][name].equal(weights[name])
+    with pytest.raises(ValueError, match=r"block_size 17: the model has 16 positions"):
+        crop_positions(plain(model.config), weights, 17)
 
 
 NAMES = [name for name, _ in GPT(GPTConfig(**{**SMALL, "n_layer": 1})).named_parameters()]

@@ -1,16 +1,17 @@
 """The command that converts checkpoints to Hugging Face folders and back."""
 
 import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import all_files, run_command_line, run_train, save, spread
+from conftest import SMALL, all_files, read_metrics, run_train, save, spread
 
 from common.cli import explain, plain
 from common.huggingface import write_huggingface
-from export import ExportConfig, export
+from export import ExportConfig, export, main
 from train_gpt2 import GPT, load_model
 
 IDX = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -98,8 +99,51 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert all_files(tmp_path) == before
 
 
-def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
-    result = run_command_line("export.py", "a.pt", "b.pt")
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("export.py: error: a.pt to b.pt: one must be a checkpoint")
-    assert result.stderr.count("\n") == 1
+def test_a_run_exports_with_a_card_of_what_its_checkpoint_knows(data_dir, tmp_path, model):
+    run_train(data_dir, tmp_path / "run", checkpoint_every=5)
+    early, last = (tmp_path / "run" / f"ckpt_{step:06d}.pt" for step in (5, 10))
+    values = {m["step"]: m["loss"] for m in read_metrics(tmp_path / "run", "val")}
+    for source, step in ((early, 5), (last, 10), (tmp_path / "run", 10)):
+        export(ExportConfig(source=str(source), target=tmp_path / "hf"))
+        lines = (tmp_path / "hf" / "README.md").read_text().splitlines()
+        assert f"| updates | {step} |" in lines
+        assert f"| validation loss | {values[step]:.4f} |" in lines
+    alone = save(model, tmp_path / "ckpt_000007.pt")
+    export(ExportConfig(source=str(alone), target=tmp_path / "hf"))
+    text = (tmp_path / "hf" / "README.md").read_text()
+    assert "| updates | 7 |" in text and "loss" not in text
+
+
+def test_an_export_replaces_an_earlier_one_and_keeps_the_files_of_the_user(folder, model, tmp_path):
+    source = save(model, tmp_path / "ckpt_000001.pt")
+    (folder / "model.gguf").write_text("precious")
+    export(ExportConfig(source=str(source), target=folder))
+    assert (folder / "model.gguf").read_text() == "precious"
+    (folder / "config.json").write_text('{"model_type": "llama"}')  # another model's folder
+    before = all_files(folder)
+    with pytest.raises(ValueError, match=r"holds README\.md and no earlier export"):
+        export(ExportConfig(source=str(source), target=folder))
+    assert all_files(folder) == before
+
+
+def test_a_checkpoint_of_nanogpt_becomes_one_of_ours(model, tmp_path):
+    args = {name: getattr(model.config, name) for name in SMALL}
+    weights = {name: p[:300] if "wte" in name else p for name, p in model.named_parameters()}
+    torch.save({"model": weights, "model_args": args}, tmp_path / "theirs.pt")
+    export(ExportConfig(source=str(tmp_path / "theirs.pt"), target=tmp_path / "ours.pt"))
+    assert load_model(tmp_path / "ours.pt")(IDX)[..., :300].equal(model(IDX)[..., :300])
+
+
+@pytest.mark.parametrize("name", ["model.bin", "x.gguf", "model.safetensors", "ckpt.pth"])
+def test_a_target_that_is_neither_folder_nor_checkpoint_is_refused(folder, tmp_path, name):
+    with pytest.raises(ValueError, match=r"give a folder, or a checkpoint that ends in \.pt"):
+        export(ExportConfig(source=str(folder), target=tmp_path / name))
+
+
+def test_the_command_says_what_is_wrong_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export.py", "a.pt", "b.pt"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    error = "export.py: error: a.pt: no such checkpoint: give another model\n"
+    assert capsys.readouterr() == ("", error)

@@ -5,12 +5,14 @@ import json
 import os
 import pickle
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from conftest import save, spread
+from conftest import all_files, save, spread
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -136,14 +138,103 @@ def test_a_failed_export_leaves_the_earlier_one(folder, small_model, monkeypatch
     assert [path.name for path in folder.parent.iterdir()] == ["hf"]
 
 
-def test_a_new_export_replaces_the_earlier_one_but_no_other_files(folder, small_model):
+def others_of(folder: Path) -> dict[str, bytes]:
+    """Put files and folders of the user beside an export."""
+    (folder / "notes" / "deep").mkdir(parents=True)
+    (folder / "notes" / "deep" / "thesis.tex").write_text("precious")
+    (folder / "model-q4.gguf").write_bytes(b"GGUF")
+    (folder / "link").symlink_to("notes/deep/thesis.tex")
+    names = ("notes/deep/thesis.tex", "model-q4.gguf", "link")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_export_replaces_the_earlier_one_but_no_other_files(
+    folder, small_model, monkeypatch, links
+):
+    def no_links(*args, **kwargs):
+        raise OSError("not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
     before = (folder / "model.safetensors").read_bytes()
-    write(spread(small_model), folder)
-    assert (folder / "model.safetensors").read_bytes() != before
-    (folder / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match=r"thesis\.tex"):
-        write(small_model, folder)
-    assert (folder / "thesis.tex").exists()
+    others = others_of(folder)
+    for _ in range(2):
+        write(spread(small_model), folder)
+        assert (folder / "model.safetensors").read_bytes() != before
+        assert {name: (folder / name).read_bytes() for name in others} == others
+        assert (folder / "link").is_symlink()
+        assert [path.name for path in folder.parent.iterdir()] == ["hf"]
+
+
+def test_a_failed_export_leaves_the_files_of_the_user(folder, small_model, monkeypatch):
+    others_of(folder)
+    before = all_files(folder.parent)
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left")
+
+    def fail_to_name(path: Path, target: Path) -> Path:
+        return fail() if path.name == ".hf.new" else os.rename(path, target)
+
+    for place, wrong in (("shutil.copytree", fail), ("pathlib.Path.rename", fail_to_name)):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, wrong)
+            with pytest.raises(OSError, match="no space"):
+                write(small_model, folder)
+        assert all_files(folder.parent) == before
+
+
+def test_files_of_the_user_survive_a_kill_between_the_two_renames(folder, small_model, monkeypatch):
+    others = others_of(folder)
+    folder.rename(folder.with_name(".hf.old"))
+    folder.with_name(".hf.new").mkdir()
+    write(small_model, folder)
+    assert {name: (folder / name).read_bytes() for name in others} == others
+    assert [path.name for path in folder.parent.iterdir()] == ["hf"]
+
+
+def test_a_tokenizer_of_an_earlier_model_goes_with_it(folder, model):
+    (folder / "vocab.json").write_text("{}")  # this model's vocabulary has 300 tokens
+    write(model, folder)
+    assert not (folder / "vocab.json").exists() and load_model(folder)
+
+
+def test_a_model_card_of_the_user_stays_and_ours_is_renewed(folder, model):
+    facts = {"step": 7, "val_loss": 3.25}
+    sizes, weights = plain(model.config), dict(model.named_parameters())
+    write_huggingface(sizes, weights, folder, facts)
+    card = (folder / "README.md").read_text()
+    assert "| validation loss | 3.2500 |" in card
+    write_huggingface(sizes, weights, folder, {**facts, "val_loss": 3.0})
+    assert "| validation loss | 3.0000 |" in (folder / "README.md").read_text()
+    for text in (card + "It likes cats.\n", "mine", "\udcff"):
+        (folder / "README.md").write_bytes(text.encode(errors="surrogateescape"))
+        write_huggingface(sizes, weights, folder, facts)
+        assert (folder / "README.md").read_bytes() == text.encode(errors="surrogateescape")
+
+
+def test_the_exported_tokenizer_pads_texts_of_several_lengths(full_folder):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(full_folder, local_files_only=True)
+    batch = tokenizer(["one", "one two three"], padding=True, return_tensors="pt")
+    assert batch["input_ids"].tolist() == [[505, 50256, 50256], [505, 734, 1115]]
+    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("vocab_size", [50258, 50304])
+def test_a_resized_or_padded_vocabulary_goes_to_transformers_and_back(tmp_path, vocab_size):
+    model = spread(
+        GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=vocab_size))
+    )
+    folder = write(model, tmp_path / "hf")
+    idx = torch.tensor([[0, 50256, 50257]])
+    logits = theirs(folder)(idx).logits
+    assert logits.shape[-1] == vocab_size
+    again = load_model(folder)
+    assert again.config == model.config
+    for each in (model, again):
+        torch.testing.assert_close(each(idx)[..., :vocab_size], logits, atol=1e-5, rtol=0)
 
 
 # -----------------------------------------------------------------------------
@@ -181,40 +272,237 @@ def test_padding_takes_no_probability_if_all_logits_are_far_below_zero(folder):
     assert padding.max() <= (384 - 300) / 300
 
 
-@pytest.mark.parametrize("name", ["gpt2", "org/small"])
-def test_reads_by_name_from_the_hub(folder, tmp_path, monkeypatch, name):
-    repo = "openai-community/gpt2" if name == "gpt2" else name
+class Hub:
+    """A hub with one model, the files of a folder."""
 
-    class Hub(BaseHTTPRequestHandler):
+    def __init__(self, repo: str, folder: Path):
+        self.repo, self.folder = repo, folder
+        self.asked: list[str] = []  # method and file of every request
+        self.denied = False  # access is restricted
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        prefix, _, file = handler.path.partition("/resolve/main/")
+        self.asked.append(f"{handler.command} {file}")
+        path = self.folder / file
+        known = prefix == f"/{self.repo}"
+        found = known and path.is_file() and not self.denied
+        handler.send_response(200 if found else 403 if self.denied else 404)
+        if not found:
+            code = "EntryNotFound" if known else "RepoNotFound"
+            handler.send_header("X-Error-Code", "GatedRepo" if self.denied else code)
+        handler.send_header("X-Repo-Commit", "0" * 40)
+        handler.send_header("ETag", f'"{file}"')
+        body = path.read_bytes() if found else b""
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        if handler.command == "GET":
+            handler.wfile.write(body)
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch) -> Iterator[Hub]:
+    """A hub that has the small export as org/small."""
+    hub = Hub("org/small", folder)
+
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            prefix, _, file = self.path.partition("/resolve/main/")
-            found = prefix == f"/{repo}" and (folder / file).is_file()
-            body = (folder / file).read_bytes() if found else b""
-            self.send_response(200 if found else 404)
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("ETag", '"' + file + '"')
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
+            hub.answer(self)
 
         do_HEAD = do_GET  # noqa: N815
 
         def log_message(self, *args):
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         template = url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        model = load_model(name)
+        yield hub
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "repo"),
+    [("gpt2", "openai-community/gpt2"), ("distilgpt2", "distilgpt2"), ("org/small", "org/small")],
+)
+def test_reads_by_name_from_the_hub(folder, hub, monkeypatch, name, repo):
+    hub.repo = repo
+    model = load_model(name)
     expected = load_file(folder / "model.safetensors")["transformer.wpe.weight"]
     assert model.transformer.wpe.weight.equal(expected)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what is in the cache is enough
+    assert load_model(name).transformer.wpe.weight.equal(expected)
+
+
+def test_a_model_in_several_files_is_read_from_the_hub(folder, hub, monkeypatch):
+    expected = load_model(folder)(IDX)
+    split(folder)
+    assert load_model("org/small")(IDX).equal(expected)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_model("org/small")(IDX).equal(expected)
+    for path in Path(constants.HF_HUB_CACHE).rglob("model[-.]*"):  # a download that did not end
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="on the hub, or the hub does not answer: give a"):
+        load_model("org/small")
+
+
+def test_a_model_on_the_hub_with_another_tokenizer_is_refused_before_the_download(folder, hub):
+    (folder / "spiece.model").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"org/small has another tokenizer .*\(spiece\.model\)"):
+        load_model("org/small")
+    assert not any("safetensors" in request for request in hub.asked)
+
+
+def test_a_pickle_on_the_hub_is_refused_without_a_download(folder, hub):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"has only pytorch_model\.bin, a pickle") as error:
+        load_model("org/small")
+    assert "M.from_pretrained('org/small').save_pretrained('NEW')" in str(error.value)
+    assert "GET pytorch_model.bin" not in hub.asked
+
+
+def test_a_download_that_breaks_off_is_one_line(hub, monkeypatch):
+    def break_off(repo: str, file: str, **kwargs: object) -> str:
+        if file == "model.safetensors":
+            raise OSError("Consistency check failed: file should be of size 9\nbut has size 5")
+        return download(repo, file, **kwargs)
+
+    download = huggingface_hub.hf_hub_download
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", break_off)
+    what = r"^org/small: model\.safetensors could not be downloaded \(Consistency .* 9\): try again"
+    with pytest.raises(OSError, match=what):
+        load_model("org/small")
+
+
+def test_a_model_that_the_hub_does_not_give_is_one_line_with_the_reason(folder, hub):
+    with pytest.raises(FileNotFoundError, match=r"no such name there, or a private one") as error:
+        load_model("org/other")
+    assert "\n" not in str(error.value) and "HF_TOKEN" in str(error.value)
+    (folder / "config.json").rename(folder / "no.json")
+    with pytest.raises(FileNotFoundError, match=r"org/small has no config\.json"):
+        load_model("org/small")
+    hub.denied = True
+    with pytest.raises(FileNotFoundError, match=r"access is restricted: .*HF_TOKEN"):
+        load_model("org/small")
+
+
+def split(folder: Path) -> None:
+    """Store the weights of an export in two files with an index, as transformers does."""
+    tensors, names = load_file(folder / "model.safetensors"), {}
+    for i, half in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
+        name = f"model-0000{i}-of-00002.safetensors"
+        save_file({key: tensors[key] for key in half}, folder / name)
+        names |= dict.fromkeys(half, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+def test_a_model_in_several_files_is_the_same_model(folder):
+    expected = load_model(folder)(IDX)
+    split(folder)
+    assert load_model(folder)(IDX).equal(expected)
+    torch.testing.assert_close(theirs(folder)(IDX).logits, expected[..., :300], atol=1e-5, rtol=0)
+    for name in ("model.safetensors.index.json", "model-00002-of-00002.safetensors", "config.json"):
+        assert load_model(folder / name)(IDX).equal(expected), name
+
+
+def test_one_of_several_files_that_is_missing_or_outside_is_named(folder):
+    split(folder)
+    index = folder / "model.safetensors.index.json"
+    (folder / "model-00002-of-00002.safetensors").rename(folder.parent / "x.safetensors")
+    with pytest.raises(
+        FileNotFoundError, match=r"has no model-00002-of-00002\.safetensors, one of"
+    ):
+        load_model(folder)
+    for text in (
+        index.read_text().replace("model-00002-of-00002", "../x"), "{", "[]", "[" * 100_000,
+        '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": []}',
+    ):  # fmt: skip
+        index.write_text(text)
+        with pytest.raises(ValueError, match=r"index\.json is not an index of weights: get the"):
+            load_model(folder)
+    index.unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors\.index\.json"):
+        load_model(folder / "model-00001-of-00002.safetensors")
+
+
+def test_a_safetensors_file_is_read_by_its_path(folder, tmp_path):
+    expected = load_model(folder)(IDX)
+    assert load_model(folder / "model.safetensors")(IDX).equal(expected)
+    (folder / "model.safetensors").rename(folder / "best")  # also under another name
+    assert load_model(folder / "best")(IDX).equal(expected)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"best needs a config\.json beside it: put it"):
+        load_model(folder / "best")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_become_the_same_float32(folder, dtype):
+    path = folder / "model.safetensors"
+    half = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(half, path)
+    change(folder, dtype=str(dtype).removeprefix("torch."))
+    model = load_model(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.transformer.wpe.weight.equal(half["transformer.wpe.weight"].float())
+    expected = theirs(folder).float()(IDX).logits
+    torch.testing.assert_close(model(IDX)[..., :300], expected, atol=1e-5, rtol=0)
+
+
+def test_weights_that_torch_compile_has_renamed_are_read(folder):
+    expected = load_model(folder)(IDX)
+    path = folder / "model.safetensors"
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(path).items()}, path)
+    assert load_model(folder)(IDX).equal(expected)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_a_pickle_alone_is_refused_with_a_command_that_converts_it(folder, name):
+    expected = load_model(folder)(IDX)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    if name != "pytorch_model.bin":
+        part = "pytorch_model-00001-of-00001.bin"
+        (folder / "pytorch_model.bin").rename(folder / part)
+        (folder / name).write_text(
+            json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, part)})
+        )
+    for path in (folder, folder / name):
+        with pytest.raises(ValueError, match=r"pytorch_model.*pickle, which can run code") as error:
+            load_model(path)
+        code = str(error.value).split('python -c "')[1].split('"')[0]
+        assert str(folder) in code
+    pytest.importorskip("transformers")
+    exec(code.replace("'NEW'", repr(str(folder.parent / "new"))), {})
+    assert load_model(folder.parent / "new")(IDX).equal(expected)
+
+
+@pytest.mark.parametrize("text", ["version https://git-lfs.github.com/spec/v1\n", "<html>"])
+def test_a_file_that_came_without_its_content_is_named(folder, text):
+    (folder / "model.safetensors").write_text(text)
+    what = "pointer of Git LFS: get the file with `git lfs" if "lfs" in text else "web page: downl"
+    with pytest.raises(ValueError, match=rf"model\.safetensors: a {what}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json", "vocab.txt", "spiece.model"])
+def test_a_model_with_another_tokenizer_is_refused_by_its_file(folder, full_folder, file):
+    if file.endswith(".json"):
+        text = (full_folder / file).read_text()
+        (folder / file).write_text(text)
+        assert load_model(folder)  # GPT-2's
+        text = text.replace('"Ġthe"', '"x"').replace('"Ġa"', '"Ġthe"').replace('"x"', '"Ġa"')
+        (folder / file).write_text(text)
+    else:
+        (folder / file).write_text("x")
+    with pytest.raises(ValueError, match=rf"another tokenizer than GPT-2's \({file}\): give a m"):
+        load_model(folder)
 
 
 def test_reading_gives_plain_sizes_and_float32_weights_without_padding(model, folder):
