@@ -1,7 +1,7 @@
 """
 A web page that continues a prompt with a GPT-2. `pip install -r requirements-app.txt`, then:
 
-    python app.py                           the newest checkpoint in log/, on http://127.0.0.1:7860
+    python app.py                           the newest checkpoint under log/, on http://127.0.0.1:7860
     python app.py --model gpt2 --port 80    OpenAI's weights
 
 A Hugging Face Space can run this repository without changes. Put `sdk: gradio`,
@@ -11,17 +11,16 @@ the name of a model on the hub; without it the page uses OpenAI's GPT-2.
 
 import copy
 import functools
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.cli import advice, explain, run_command
 from common.hardware import OutOfMemory, device_errors
-from common.runlog import METRICS
-from common.weights import default_model
+from common.runlog import run_facts
+from common.weights import find_model
 from sample import SampleConfig, continuations, cut_note, model_bytes, quantize
 from train_gpt2 import GPT, TrainConfig, load_model, set_up_machine
 
@@ -41,31 +40,25 @@ footer {display: none !important}
 class AppConfig:
     """Serve a web page where a model continues a prompt."""
 
-    # checkpoint, Hugging Face folder or hub name (variable MODEL, else newest in log/, else gpt2)
+    # checkpoint, run folder, Hugging Face folder, safetensors file or hub name (left out: variable
+    # MODEL, else the newest checkpoint under log/, else gpt2)
     model: str | None = field(default_factory=lambda: os.environ.get("MODEL"))
     port: int = 7860  # port of the page
     host: str | None = None  # address to listen on (GRADIO_SERVER_NAME, else 127.0.0.1)
 
 
-def validation_loss(name: str) -> float | None:
-    """Return a checkpoint's validation loss: the last in metrics.jsonl beside it, up to its step.
-
-    An export has no step in its name: the last loss is its own. None if there is no loss.
-    """
+def facts_of(name: str) -> dict[str, Any]:
+    """Return what a model's run knows of it, such as its validation loss; see `run_facts`."""
     path = Path(name)
-    step = int(path.stem[5:]) if path.suffix == ".pt" and path.stem[5:].isdigit() else float("inf")
-    try:
-        lines = (path.resolve().parent / METRICS).read_text().splitlines()
-        events = [json.loads(line) for line in lines if '"val"' in line]
-    except (OSError, ValueError):
-        return None
-    losses = [e["loss"] for e in events if e["event"] == "val" and e["step"] <= step]
-    return losses[-1] if losses else None
+    if path.suffix == ".pt" and path.stem[5:].isdigit():
+        return run_facts(path.parent, int(path.stem[5:]))
+    # a run exports its last weights to its subfolder hf
+    return run_facts(path.parent) if path.name == "hf" else {}
 
 
 def describe(name: str, model: GPT) -> str:
     """Return the text on top of the page: name, size, validation loss."""
-    config, loss = model.config, validation_loss(name)
+    config, loss = model.config, facts_of(name).get("val_loss")
     padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
     size = model.n_params - padding
     facts = [
@@ -87,7 +80,7 @@ def make_page(name: str, model: GPT) -> "gradio.Blocks":
 
     def write(
         prompt: str, max_new_tokens: int, num_samples: int, temperature: float, top_k: int,
-        seed: int, int8: bool,
+        top_p: float, seed: int, int8: bool,
     ) -> Iterator[list[dict]]:  # fmt: skip
         chosen = int8_model() if int8 else model
         if note := cut_note(chosen, prompt):
@@ -95,7 +88,7 @@ def make_page(name: str, model: GPT) -> "gradio.Blocks":
         try:
             config = SampleConfig(  # raises if a number is out of range
                 num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature,
-                top_k=top_k, seed=seed,
+                top_k=top_k, top_p=top_p, seed=seed,
             )  # fmt: skip
             texts = [prompt] * num_samples
             with device_errors(chosen.transformer.wpe.weight.device):
@@ -130,6 +123,10 @@ def make_page(name: str, model: GPT) -> "gradio.Blocks":
             top_k = gr.Slider(
                 0, 500, SampleConfig.top_k, step=1, label="Top-k", info="0: all tokens"
             )
+            top_p = gr.Slider(
+                0.01, 1, SampleConfig.top_p, step=0.01, label="Top-p",
+                info="the likeliest that reach this together",
+            )  # fmt: skip
         with gr.Row():
             samples = gr.Slider(1, MAX_SAMPLES, 1, step=1, label="Samples", info="written together")
             seed = gr.Number(
@@ -143,7 +140,7 @@ def make_page(name: str, model: GPT) -> "gradio.Blocks":
                 gr.Textbox(label=f"Sample {i + 1}", lines=6, max_lines=12, visible=i == 0)
                 for i in range(MAX_SAMPLES)
             ]
-        inputs = [prompt, length, samples, temperature, top_k, seed, int8]
+        inputs = [prompt, length, samples, temperature, top_k, top_p, seed, int8]
         writing = gr.on([start.click, prompt.submit], write, inputs, boxes, api_name="write")
         stop.click(None, cancels=[writing])
     return page.queue(default_concurrency_limit=1, max_size=MAX_WAITING)
@@ -155,7 +152,7 @@ def serve(config: AppConfig) -> None:
         import gradio as gr
     except ModuleNotFoundError:
         raise ValueError("gradio is missing: pip install -r requirements-app.txt") from None
-    name = config.model or default_model()
+    name = find_model(config.model or None)  # an empty MODEL is no model
     smaller = advice("give another --model", OutOfMemory)
     with smaller, set_up_machine(TrainConfig(dtype="float32"), alone=True) as machine:
         page = make_page(name, load_model(name, machine.device))

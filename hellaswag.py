@@ -13,15 +13,18 @@ work, so it runs only at positions that predict a token of an ending.
 Shapes: B rows of a batch, T tokens of a row, N predicted tokens of a batch, C width of the model.
 """
 
+import gzip
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import re
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -38,6 +41,7 @@ from common.cli import advice, outlive_console, quiet_interrupt, run_command
 from common.files import write_atomically
 from common.hardware import Device, Dtype, OutOfMemory, attention_for_any_shape
 from common.tokenizer import EOT, encode
+from common.weights import find_model
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -49,9 +53,12 @@ Style = Literal["completion", "harness"]
 class HellaSwagConfig:
     """Score a model on HellaSwag."""
 
-    model: str | None = None  # checkpoint, folder or hub name (the newest in log/, else gpt2)
+    # checkpoint, run folder, Hugging Face folder, safetensors file or hub name (left out: the
+    # newest checkpoint under log/, else gpt2)
+    model: str | None = None
     style: Style = "completion"  # harness: text and normalisation of lm-evaluation-harness
-    data: Path | None = None  # file of examples (hellaswag_val.jsonl, downloaded once to a cache)
+    # examples: JSON lines, also .gz, or parquet (left out: the validation set, downloaded once)
+    data: Path | None = None
     limit: int | None = None  # score only the first N examples
     device: Device = "auto"  # where to run
     dtype: Dtype = "auto"  # for matrix products
@@ -118,38 +125,55 @@ class Questions(NamedTuple):
 
 
 def load_questions(path: Path, style: Style, limit: int | None = None) -> Questions:
-    """Read and tokenise the examples, one JSON object a line.
+    """Read and tokenise the examples: JSON lines, plain or gzipped, or the hub's parquet.
 
-    Raises ValueError with the line's number if a line is damaged, OSError if the file cannot be
-    read.
+    Raises ValueError with the number of the line or row if it is damaged, OSError if the file
+    cannot be read.
     """
     make_question, items = {"completion": as_completion, "harness": as_harness}[style], []
     try:
-        with open(path, "rb") as file:
-            lines = iter(lambda: file.readline(MAX_LINE + 1), b"")
-            for number, line in enumerate(lines, 1):
-                if line.isspace():
-                    continue
-                try:
-                    items.append(make_question(parse_line(line)))
-                except (ValueError, RecursionError) as error:  # RecursionError: [[[[[[...
-                    reason = str(error).split(": line 1 column")[0]
-                    what = f"{path}: line {number} is not a HellaSwag example ({reason})"
-                    raise ValueError(f"{what}: correct it, or leave out --data") from None
-                if len(items) == limit:
-                    break
-    except OSError as error:
-        raise OSError(f"{path} cannot be read ({error.strerror}): check --data") from None
+        for where, example in itertools.islice(read_examples(path), limit):
+            try:
+                items.append(make_question(check_example(example)))
+            except (ValueError, RecursionError) as error:  # RecursionError: [[[[[[...
+                reason = str(error).split(": line 1 column")[0]
+                what = f"{path}: {where} is not a HellaSwag example ({reason})"
+                raise ValueError(f"{what}: correct it, or leave out --data") from None
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} cannot be read ({reason}): check --data") from None
     if not items:
         raise ValueError(f"{path} holds no examples: give another file with --data")
     return Questions(style, items)
 
 
-def parse_line(line: bytes) -> dict[str, Any]:
+def read_examples(path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
+    """Yield where each example is, and the example: a line of JSON or a row of parquet."""
+    with open(path, "rb") as file:
+        start = file.peek(4)  # not read(4): a pipe cannot go back
+        if start.startswith(b"PAR1"):
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            try:
+                batches = pq.ParquetFile(file).iter_batches()
+                rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+                yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+            except pa.ArrowException as error:
+                raise OSError(str(error)) from None
+            return
+        lines = gzip.GzipFile(fileobj=file) if start.startswith(b"\x1f\x8b") else file
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), 1):
+            if not line.isspace():
+                yield f"line {number}", line
+
+
+def check_example(example: bytes | dict[str, Any]) -> dict[str, Any]:
     """Return an example whose fields are all checked. Raises ValueError that says what is wrong."""
-    if len(line) > MAX_LINE:
-        raise ValueError(f"longer than {MAX_LINE:,} bytes")
-    example = json.loads(line.decode().rstrip("\n"))
+    if isinstance(example, bytes):
+        if len(example) > MAX_LINE:
+            raise ValueError(f"longer than {MAX_LINE:,} bytes")
+        example = json.loads(example.decode("utf-8-sig").rstrip("\n"))  # sig: saved on Windows
     if not isinstance(example, dict):
         raise ValueError("not a JSON object")
     for name in "activity_label", "ctx", "ctx_a", "ctx_b":
@@ -264,7 +288,9 @@ def token_losses(model: nn.Module, batch: list[Row], device: torch.device) -> tu
     x = model.hidden(tokens, positions, mask[:, None]).flatten(0, 1)  # (B*T, C)
     x, losses = x[sources], []  # (N, C)
     for part, y in zip(x.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
-        logits = model.lm_head(part)[:, : model.config.vocab_size].float()  # without padded ids
+        # All ids that the model has, as lm-evaluation-harness and transformers do: those from 50257
+        # on took part in the softmax in training. Only the padding of memory stays out.
+        logits = model.lm_head(part)[:, : model.config.vocab_size].float()
         losses.append(F.cross_entropy(logits, y, reduction="none"))
     return torch.cat(losses), endings
 
@@ -357,7 +383,8 @@ def find_questions(config: HellaSwagConfig) -> Questions:
 def evaluate(config: HellaSwagConfig, machine: Any, load_model: Callable[..., nn.Module]) -> None:
     """Score a model, print the result, and write it to --out if given."""
     questions = ranks.on_rank_0(find_questions, config)
-    model = load_model(config.model, machine.device)
+    name = ranks.on_rank_0(find_model, config.model)
+    model = load_model(name, machine.device)
     start = time.perf_counter()
     losses = ending_losses(model, questions, machine)
     if not losses.isfinite().all():
@@ -375,7 +402,7 @@ def evaluate(config: HellaSwagConfig, machine: Any, load_model: Callable[..., nn
                 zip(questions.items, losses.tolist(), chosen, strict=True)
             )
         ]
-        lines.append(result | {"model": config.model})
+        lines.append(result | {"model": name})
         text = "".join(json.dumps(line) + "\n" for line in lines)
         with advice("make room, or give another --out"):
             ranks.on_rank_0(write_atomically, config.out, text.encode())

@@ -1,12 +1,13 @@
 """
 Text from a trained GPT-2:
 
-    python sample.py --prompt "Hello, I'm a language model,"    from the newest checkpoint in log/
+    python sample.py --prompt "Hello, I'm a language model,"    the newest checkpoint under log/
     python sample.py --model gpt2 --int8 < prompt.txt           OpenAI's weights, in 8 bits
 
 Shapes as in train_gpt2.py; B is the number of samples.
 """
 
+import codecs
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from common.cli import advice, quiet_interrupt, run_command
 from common.generate import stream_text
 from common.hardware import Device, OutOfMemory
-from common.tokenizer import encode
+from common.tokenizer import encode_prompt
 from train_gpt2 import GPT, TrainConfig, load_model, set_up_machine
 
 # -----------------------------------------------------------------------------
@@ -31,12 +32,15 @@ from train_gpt2 import GPT, TrainConfig, load_model, set_up_machine
 class SampleConfig:
     """Continue a prompt."""
 
-    model: str | None = None  # checkpoint, Hugging Face folder or hub name (newest in log/)
+    # checkpoint, run folder, Hugging Face folder, safetensors file or hub name (left out: the
+    # newest checkpoint under log/, else gpt2)
+    model: str | None = None
     prompt: str | None = None  # text to continue (standard input, unless it is a terminal)
     num_samples: int = 4  # number of continuations, written at the same time
     max_new_tokens: int = 100  # length of each; <|endoftext|> ends it earlier
     temperature: float = 1.0  # below 1: likely tokens become likelier; 0: the likeliest
     top_k: int = 50  # choose among this many of the likeliest tokens; 0: all
+    top_p: float = 1.0  # of these, the likeliest that reach this probability together; 1: all
     seed: int = 42  # for the random choices: the same seed writes the same text
     int8: bool = False  # weights in 8 bits: a quarter of the memory, and faster on a CPU
     device: Device = "auto"  # where to run
@@ -48,6 +52,8 @@ class SampleConfig:
             given = getattr(self, name)
             if not value <= given < 2**63:  # torch's limit for seeds; the others never reach it
                 raise ValueError(f"{name} {given}: give a number of {value} or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p}: give a number above 0 and at most 1")
 
 
 # -----------------------------------------------------------------------------
@@ -142,23 +148,36 @@ def model_bytes(model: nn.Module) -> int:
 
 def cut_note(model: GPT, prompt: str) -> str:
     """Return a note if the prompt is longer than the model's context, else an empty string."""
-    tokens, context = len(encode(prompt)), model.config.block_size
+    tokens, context = len(encode_prompt(prompt)), model.config.block_size
     if tokens <= context:
         return ""
     return f"note: the prompt has {tokens} tokens, the context {context}: only its end is read"
 
 
 def read_prompt(config: SampleConfig) -> str:
-    """Return --prompt, or standard input without the line end that echo adds."""
+    """Return --prompt, or standard input without the line end that echo adds.
+
+    Standard input is UTF-8 in every locale. PowerShell begins it with a byte-order mark, or writes
+    UTF-16. The lines of Windows end as in the text that models read.
+    """
     if config.prompt is not None or sys.stdin is None or sys.stdin.isatty():
         return config.prompt or ""
-    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
+    data = sys.stdin.buffer.read()
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if utf16 else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        note = f"note: byte {error.start} of the prompt is not {error.encoding}: read as \ufffd"
+        print(note, file=sys.stderr)
+        text = data.decode(encoding, "replace")
+    return text.replace("\r\n", "\n").removesuffix("\n")
 
 
 def continuations(model: GPT, prompt: str, config: SampleConfig) -> Iterator[list[str]]:
     """Yield the next characters of every sample."""
-    settings = ("num_samples", "max_new_tokens", "temperature", "top_k", "seed")
-    with advice("give another prompt, or a model with GPT-2's vocabulary"):
+    settings = ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    with advice("give a model with GPT-2's vocabulary"):
         yield from stream_text(model, prompt, **{name: getattr(config, name) for name in settings})
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.hardware import attention_for_any_shape
-from common.tokenizer import EOT, encode, get_tokenizer
+from common.tokenizer import EOT, encode, encode_prompt, get_tokenizer
 
 
 class LayerCache:
@@ -43,10 +43,12 @@ class LayerCache:
         self.keys, self.values = (t.repeat(B, 1, 1, 1) for t in (self.keys, self.values))
 
 
-def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+def choose(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> Tensor:
     """Return one token id (B,) for each row of logits (B, vocabulary).
 
-    `temperature` 0 takes the most likely token; `top_k` 0 chooses among all tokens.
+    `temperature` 0 takes the most likely token; `top_k` 0 and `top_p` 1 choose among all tokens.
     """
     if temperature == 0:  # the limit of the softmax below: all probability goes to the largest
         return logits.argmax(dim=-1)
@@ -58,6 +60,12 @@ def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
     # probability to the power 1/temperature: below 1 likely tokens gain, above 1 unlikely ones do.
     # The softmax ignores a constant, so subtract the maximum before: then nothing overflows.
     probs = F.softmax((values - values[:, :1]) / temperature, dim=-1)
+    if top_p < 1:
+        # How many tokens make sense differs: one after "New Yor", hundreds after "I saw a". top_k
+        # is the same number everywhere. The nucleus is the likeliest tokens that together reach
+        # top_p (Holtzman et al., 2020), so the token that crosses top_p is in it. topk has sorted
+        # the tokens already, and multinomial needs no sum of 1.
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
@@ -69,13 +77,15 @@ def stream(
     max_new_tokens: int = 100,
     temperature: float = 1.0,
     top_k: int = 50,
+    top_p: float = 1.0,
     seed: int = 42,
 ) -> Iterator[list[int | None]]:
     """Yield the next token id of every sample; None for a sample that has ended.
 
     <|endoftext|> ends a sample. It also replaces an empty prompt, because it comes before every
-    document in training. If the prompt is longer than the context, only its end is read. Raises
-    ValueError if a token of the prompt is not in the model's vocabulary.
+    document in training. If the prompt is longer than the context, only its end is read. Ids from
+    50257 on are never chosen: GPT-2's tokenizer has no text for them. Raises ValueError if a token
+    of the prompt is not in the model's vocabulary.
     """
     context, vocab_size = model.config.block_size, model.config.vocab_size
     prompt = (prompt or [EOT])[-context:]
@@ -103,12 +113,13 @@ def stream(
         # Only the last position predicts a token that we do not have yet.
         with attention_for_any_shape():
             x = model.hidden(new, positions, caches=caches)[:, -1]  # (B, C)
-        logits = model.lm_head(x)[:, :vocab_size]  # (B, vocabulary), without the padded ids
+        # A resized or padded embedding has more rows than GPT-2 has tokens.
+        logits = model.lm_head(x)[:, : min(vocab_size, EOT + 1)]  # (B, vocabulary)
         if len(idx) < num_samples:
             idx, logits = idx.expand(num_samples, -1), logits.expand(num_samples, -1)
             for cache in caches:
                 cache.repeat(num_samples)
-        choice = choose(logits, temperature, top_k, generator)
+        choice = choose(logits, temperature, top_k, top_p, generator)
         ended |= choice == EOT
         yield [None if end else id for id, end in zip(choice.tolist(), ended.tolist(), strict=True)]
         if ended.all():
@@ -127,14 +138,14 @@ def generate(model: nn.Module, prompt: list[int], **settings: int | float) -> li
 def stream_text(model: nn.Module, prompt: str, **settings: int | float) -> Iterator[list[str]]:
     """Yield the next characters of every sample; for the settings see `stream`.
 
-    Raises ValueError if the model's vocabulary is larger than GPT-2's.
+    A written <|endoftext|> in the prompt is the token. Raises ValueError if the model has fewer
+    tokens than GPT-2: its ids are those of another tokenizer.
     """
-    tokenizer = get_tokenizer()
-    if model.config.vocab_size > tokenizer.n_vocab:
-        size = model.config.vocab_size
-        raise ValueError(f"the model has {size} tokens, GPT-2's vocabulary {tokenizer.n_vocab}")
+    tokenizer, size = get_tokenizer(), model.config.vocab_size
+    if size <= EOT:
+        raise ValueError(f"vocab_size {size}: text needs GPT-2's {EOT + 1} tokens")
     decoders = []  # a character may need several tokens: its decoder waits for all its bytes
-    for ids in stream(model, encode(prompt).tolist(), **settings):
+    for ids in stream(model, encode_prompt(prompt).tolist(), **settings):
         decoders = decoders or [codecs.getincrementaldecoder("utf-8")("replace") for _ in ids]
         pieces = [b"" if id is None else tokenizer.decode_single_token_bytes(id) for id in ids]
         yield [d.decode(piece) for d, piece in zip(decoders, pieces, strict=True)]

@@ -1,5 +1,7 @@
 """
-The page in a real browser. This needs chromium and chromedriver on the path, and from pip
+The page: what it names, what a request writes; and, in a real browser, how it streams.
+
+The browser needs chromium and chromedriver on the path, and from pip
 requirements-app.txt and selenium==4.51.0.
 
     python -m pytest -m slow tests/test_app.py
@@ -14,19 +16,81 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from conftest import ROOT, save, spread
 
-from common.tokenizer import encode
+import app
+from common.generate import generate
+from common.tokenizer import EOT, encode, get_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
-pytestmark = pytest.mark.slow
 METRICS = """{"event": "val", "step": 0, "loss": 10.8}
 {"event": "val", "step": 7, "loss": 3.28125}
 {"event": "val", "step": 9, "loss": 1.0}
 """
+
+
+@pytest.fixture
+def gradio(monkeypatch) -> MagicMock:
+    """Stand in for gradio: it notes what the page is made of."""
+    fake = MagicMock(update=lambda **changes: changes, Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "gradio", fake)
+    return fake
+
+
+def test_the_page_of_the_newest_run_names_it_and_its_loss(gradio, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MODEL", raising=False)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8))
+    run = tmp_path / "log" / "mine"
+    run.mkdir(parents=True)
+    save(model, run / "ckpt_000007.pt")
+    (run / "metrics.jsonl").write_text(METRICS)
+    name = os.path.join("log", "mine", "ckpt_000007.pt")
+    for config in app.AppConfig(), app.AppConfig(model=""), app.AppConfig(model="log/mine"):
+        app.serve(config)
+        assert gradio.Blocks.call_args.kwargs["title"] == f"GPT-2: {name}"
+        (top,) = gradio.Markdown.call_args.args
+        assert top.startswith(f"## {name}\n") and "validation loss 3.281" in top
+
+
+def test_the_loss_of_another_model_is_never_shown(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text(METRICS)
+    expected = {
+        "ckpt_000000.pt": 10.8, "ckpt_000007.pt": 3.28125, "ckpt_000009.pt": 1.0, "hf": 1.0,
+        "gpt2": None, "distilgpt2": None, "other.pt": None, "no/ckpt_000007.pt": None,
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for name, loss in expected.items():
+        assert app.facts_of(name).get("val_loss") == loss, name
+        assert app.facts_of(str(tmp_path / name)).get("val_loss") == loss, name
+
+
+def test_a_request_writes_with_its_settings(gradio):
+    torch.manual_seed(0)
+    model = spread(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=50304)))
+    app.make_page("mine", model)
+    write = gradio.on.call_args.args[1]
+    names = ("max_new_tokens", "num_samples", "temperature", "top_k", "top_p", "seed", "int8")
+
+    def first_text(prompt: str, **changes) -> str:
+        settings = dict(zip(names, (8, 2, 1.0, 50, 1.0, 42, False), strict=True)) | changes
+        *_, boxes = write(prompt, *(settings[name] for name in names))
+        assert [box["visible"] for box in boxes] == [True, True, False, False]
+        return boxes[0]["value"]
+
+    likeliest = first_text("Hello", temperature=0)
+    assert likeliest == first_text("Hello", top_p=1e-9) != first_text("Hello")
+    ids = [EOT, *encode("Hello").tolist()]
+    (written,) = generate(model, ids, max_new_tokens=8, temperature=0)
+    marked = first_text("<|endoftext|>Hello", temperature=0)
+    assert marked == "<|endoftext|>Hello" + get_tokenizer().decode(written)
+    assert len(first_text("Hello", int8=True)) > 5
+    with pytest.raises(RuntimeError, match="top_p 0: give a number above 0"):
+        first_text("Hello", top_p=0)
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
@@ -117,6 +181,7 @@ class Person:
         return [box.get_property("value") for box in self.find("#samples textarea")]
 
 
+@pytest.mark.slow
 def test_text_appears_while_it_is_written_and_stops_on_request(browse, tmp_path: Path):
     ann, bob = browse(), browse()
     top = ann.find("h2")[0].text + ann.find("h2 + p")[0].text
@@ -131,6 +196,7 @@ def test_text_appears_while_it_is_written_and_stops_on_request(browse, tmp_path:
     bob.type("It was")
     bob.set("Length", 20)
     bob.set("Samples", 3)
+    bob.set("Top-p", 0.9)
     bob.click("#int8 input")
     bob.click("#write")
     time.sleep(1)
@@ -145,6 +211,7 @@ def test_text_appears_while_it_is_written_and_stops_on_request(browse, tmp_path:
     wait_for(lambda: ann.texts()[0] != stopped, "text again")
 
 
+@pytest.mark.slow
 def test_the_page_cannot_be_reached_from_other_machines(url):
     port = int(url.rsplit(":", 1)[1])
     with socket.socket(socket.AF_INET6) as other, pytest.raises(OSError):

@@ -1,5 +1,7 @@
 """Text generation: the cache, the restart of a full context, the choice of tokens, the text."""
 
+import math
+import random
 from collections import Counter
 
 import pytest
@@ -10,7 +12,7 @@ from common.cli import plain
 from common.generate import choose, generate, sample_text, stream, stream_text
 from common.huggingface import write_huggingface
 from common.tokenizer import EOT, get_tokenizer
-from sample import by_columns
+from sample import by_columns, quantize
 from train_gpt2 import GPT, GPTConfig
 
 PROMPT = [5, 7, 11]
@@ -89,6 +91,22 @@ def test_padded_ids_are_never_chosen(model):
         assert max(map(max, rows)) < 300
 
 
+@pytest.mark.parametrize("vocab_size", [50258, 50304, 50400])
+@pytest.mark.parametrize("layout", [lambda model: model, by_columns, quantize])
+def test_ids_that_gpt2_does_not_have_are_never_chosen(vocab_size, layout):
+    torch.manual_seed(3)
+    model = spread(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=vocab_size)))
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.transformer.wte.weight[50257:] = 9.0  # by far the largest logits
+    layout(model)
+    for settings in dict(temperature=0), dict(temperature=5.0, top_k=0), dict(top_p=0.5):
+        rows = generate(model, PROMPT, num_samples=2, max_new_tokens=3, **settings)
+        assert max(map(max, rows)) <= EOT
+    assert "".join(pieces[0] for pieces in stream_text(model, "Hello", max_new_tokens=3))
+    assert len(sample_text(model, seed=1)) == 2  # they can be decoded
+
+
 def test_each_sample_ends_at_its_own_endoftext(full_model, script):
     script([1, 2, EOT, 4, 9], [EOT, 6, 7, 8, 9], [1, 1, 1, EOT, 9])
     steps = list(stream(full_model, PROMPT, num_samples=3, max_new_tokens=5))
@@ -116,12 +134,13 @@ def test_a_prompt_outside_the_vocabulary_is_refused(model):
 
 
 def test_only_the_seed_decides(model):
-    def run(seed: int) -> list[list[int]]:
+    def run(seed: int, **settings: float) -> list[list[int]]:
         torch.seed()  # the state of the global generator must not matter
-        return generate(model, PROMPT, num_samples=3, max_new_tokens=30, seed=seed)
+        return generate(model, PROMPT, num_samples=3, max_new_tokens=30, seed=seed, **settings)
 
     assert run(1) == run(1) != run(2)
     assert len({tuple(row) for row in run(1)}) == 3  # the samples differ
+    assert run(1) != run(1, top_p=0.3)
 
 
 # -----------------------------------------------------------------------------
@@ -130,6 +149,7 @@ def test_only_the_seed_decides(model):
 
 def frequencies(logits: list[float], **settings: float) -> dict[int, float]:
     rows = torch.tensor([logits]).expand(40_000, -1)
+    settings = dict(temperature=1.0, top_k=0, top_p=1.0) | settings
     chosen = choose(rows, generator=torch.Generator().manual_seed(0), **settings).tolist()
     return {id: n / len(chosen) for id, n in Counter(chosen).items()}
 
@@ -138,22 +158,75 @@ def frequencies(logits: list[float], **settings: float) -> dict[int, float]:
 def test_tokens_are_chosen_with_the_probability_of_the_softmax(temperature):
     logits = [1.0, -1.0, 2.0, 0.0]
     expected = (torch.tensor(logits) / temperature).softmax(0).tolist()
-    found = frequencies(logits, temperature=temperature, top_k=0)
+    found = frequencies(logits, temperature=temperature)
     assert [found[i] for i in range(4)] == pytest.approx(expected, abs=0.01)
 
 
 def test_top_k_keeps_the_likeliest_and_0_keeps_all():
     logits = [float(-i) / 100 for i in range(100)]
-    assert set(frequencies(logits, temperature=1.0, top_k=5)) == set(range(5))
-    assert set(frequencies(logits, temperature=1.0, top_k=0)) == set(range(100))
-    assert set(frequencies(logits, temperature=1.0, top_k=1000)) == set(range(100))
+    assert set(frequencies(logits, top_k=5)) == set(range(5))
+    assert set(frequencies(logits, top_k=0)) == set(range(100))
+    assert set(frequencies(logits, top_k=1000)) == set(range(100))
 
 
 def test_no_temperature_overflows():
     logits = [-90.0, -80.0, 30.0]
-    assert frequencies(logits, temperature=0, top_k=0) == {2: 1.0}
-    assert frequencies(logits, temperature=1e-44, top_k=0) == {2: 1.0}
-    assert len(frequencies(logits, temperature=1e30, top_k=0)) == 3
+    assert frequencies(logits, temperature=0) == {2: 1.0}
+    assert frequencies(logits, temperature=1e-44) == {2: 1.0}
+    assert len(frequencies(logits, temperature=1e30)) == 3
+
+
+def plain_nucleus(logits: list[float], temperature: float, top_k: int, top_p: float) -> list:
+    """The probability of each token, from the definition: sort, keep, stop when p is reached."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or None]
+    weights = [math.exp((logits[i] - max(logits)) / temperature) for i in order]
+    kept, mass = {}, 0.0
+    for i, weight in zip(order, weights, strict=True):
+        if mass >= top_p:
+            break
+        kept[i] = weight / sum(weights)
+        mass += kept[i]
+    return [kept.get(i, 0.0) / sum(kept.values()) for i in range(len(logits))]
+
+
+def test_top_p_keeps_the_likeliest_tokens_that_reach_p_of_those_that_top_k_left(monkeypatch):
+    """The probabilities that multinomial gets equal those of the definition."""
+    given, rng = [], torch.Generator().manual_seed(0)
+
+    def multinomial(probs, n, generator):
+        given.append(probs / probs.sum(-1, keepdim=True))
+        return torch.arange(len(probs))[:, None] % probs.size(-1)
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    pick = random.Random(0)
+    for _ in range(100):
+        logits = torch.randn(3, 40, generator=rng) * pick.choice([0.1, 1, 5])
+        temperature, top_k = pick.choice([0.3, 1.0, 2.0]), pick.choice([0, 1, 7, 40, 99])
+        top_p = pick.choice([1e-9, 0.1, 0.5, 0.9, 0.999, 1.0])
+        choose(logits, temperature, top_k, top_p, rng)
+        for row, found in zip(logits, given.pop(), strict=True):
+            expected = plain_nucleus(row.tolist(), temperature, top_k, top_p)
+            expected = torch.tensor(expected)[row.argsort(descending=True)][: len(found)]
+            assert torch.allclose(found, expected, atol=1e-5), (temperature, top_k, top_p)
+
+
+def test_top_p_of_1_draws_the_same_tokens_as_without_it():
+    logits = torch.randn(5000, 60, generator=torch.Generator().manual_seed(1)) * 9
+    values, ids = logits.topk(50)
+    probs = ((values - values[:, :1]) / 0.8).softmax(-1)  # many sums of 50 are not quite 1
+    drawn = torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(0))
+    same = choose(logits, 0.8, 50, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(same, ids.gather(1, drawn)[:, 0])
+
+
+def test_the_token_that_crosses_top_p_is_kept():
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().tolist()
+    for top_p, kept in (0.01, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (0.9, 4), (1.0, 4):
+        assert len(frequencies(logits, top_p=top_p)) == kept, top_p  # of equal ones, any
+    half = frequencies(logits, top_p=0.75)  # the nucleus keeps its proportions
+    assert half[0] / half[1] == pytest.approx(2, abs=0.1)
+    assert set(frequencies(logits, top_p=0.6, top_k=2)) == {0}, "top_k comes first: 2/3, 1/3"
+    assert set(frequencies(logits, top_p=0.6, temperature=0.1)) == {0}, "temperature comes first"
 
 
 # -----------------------------------------------------------------------------
@@ -173,10 +246,25 @@ def test_streamed_text_never_shows_half_a_character(full_model, script):
     assert "".join(pieces[0] for pieces in steps).count("�") == 1
 
 
-def test_a_model_with_more_tokens_than_gpt2_writes_no_text():
-    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=50258)
-    with pytest.raises(ValueError, match="the model has 50258 tokens"):
-        next(stream_text(GPT(config), "x"))
+def test_a_written_endoftext_in_a_prompt_is_the_token(full_model):
+    settings = dict(max_new_tokens=8)
+
+    def written(prompt: str) -> str:
+        return "".join(pieces[0] for pieces in stream_text(full_model, prompt, **settings))
+
+    hello, world = (get_tokenizer().encode(word) for word in ("Hello", "World"))
+    for prompt, ids in (
+        ("<|endoftext|>Hello", [EOT, *hello]),
+        ("Hello<|endoftext|><|endoftext|>World", [*hello, EOT, EOT, *world]),
+    ):
+        (expected,) = generate(full_model, ids, **settings)
+        assert written(prompt) == get_tokenizer().decode(expected)
+    assert written("<|endoftext|>") == written("") != written("Hello")
+
+
+def test_a_model_of_another_tokenizer_writes_no_text(model):
+    with pytest.raises(ValueError, match="vocab_size 300: text needs GPT-2's 50257 tokens"):
+        next(stream_text(model, "!"))  # id 0 is in its vocabulary, but is another character
 
 
 def test_samples_of_a_run_repeat_with_the_seed_and_keep_the_mode(full_model):

@@ -1,5 +1,6 @@
 """HellaSwag: losses, the two styles, the data, the command."""
 
+import gzip
 import http.client
 import io
 import json
@@ -11,6 +12,8 @@ import urllib.error
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,8 @@ from conftest import error_lines, run_ranks, save
 
 import hellaswag
 import train_gpt2
+from common.cli import plain
+from common.huggingface import write_huggingface
 from common.tokenizer import EOT, RANKS_PATH, get_tokenizer
 from hellaswag import HellaSwagConfig, Question, Questions
 from train_gpt2 import GPT, GPTConfig, Machine
@@ -146,6 +151,22 @@ def test_padded_ids_do_not_change_the_losses(data, model):
     with torch.no_grad():
         other.lm_head.weight[50257:] = 100 * torch.randn(47, 32)
     assert torch.equal(before, hellaswag.ending_losses(other, questions, CPU))
+
+
+@pytest.mark.parametrize("vocab_size", [50257, 50304])
+def test_the_softmax_is_over_the_ids_of_an_export_as_in_transformers(data, tmp_path, vocab_size):
+    transformers = pytest.importorskip("transformers")
+    model = random_model(1024, vocab_size)
+    write_huggingface(plain(model.config), dict(model.named_parameters()), tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    questions = hellaswag.load_questions(data, "completion", limit=2)
+    found = hellaswag.ending_losses(model, questions, CPU)
+    for (context, endings, _, _), losses in zip(questions.items, found, strict=True):
+        for ending, loss in zip(endings, losses, strict=True):
+            labels = torch.tensor([[-100] * len(context) + ending])
+            with torch.no_grad():
+                mean = theirs(torch.tensor([context + ending]), labels=labels).loss
+            assert loss.item() == pytest.approx(mean.item() * len(ending), rel=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -290,6 +311,42 @@ def test_damaged_line_is_named(data, style, name):
     with pytest.raises(ValueError, match=rf"examples.jsonl: line 6 .*{reason}"):
         hellaswag.load_questions(data, style)
     assert len(hellaswag.load_questions(data, style, limit=3).items) == 3  # the line is not read
+
+
+def as_parquet(path: Path, examples: list[dict]) -> None:
+    """Write what the hub has: labels are strings, and there are more columns."""
+    rows = [e | {"ind": i, "label": str(e["label"])} for i, e in enumerate(examples)]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+
+
+def test_the_files_of_the_hub_and_of_windows_give_the_same_questions(data, tmp_path):
+    text, expected = data.read_bytes(), hellaswag.load_questions(data, "harness")
+    as_parquet(tmp_path / "0000.parquet", EXAMPLES)
+    (tmp_path / "hellaswag_val.jsonl.gz").write_bytes(gzip.compress(text))
+    (tmp_path / "windows.jsonl").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    for name in "0000.parquet", "hellaswag_val.jsonl.gz", "windows.jsonl":
+        assert hellaswag.load_questions(tmp_path / name, "harness") == expected, name
+        assert len(hellaswag.load_questions(tmp_path / name, "harness", limit=2).items) == 2
+    reader, writer = os.pipe()  # --data <(zcat hellaswag_val.jsonl.gz)
+    os.write(writer, text)
+    os.close(writer)
+    assert hellaswag.load_questions(Path(f"/dev/fd/{reader}"), "harness") == expected
+    os.close(reader)
+
+
+def test_a_damaged_file_of_the_hub_is_one_clear_line(data, tmp_path):
+    path, text = tmp_path / "examples", gzip.compress(data.read_bytes())
+    for damage in text[:-30], text[:99] + b"\0\0\0" + text[102:], text[:-6] + b"\0" * 6:
+        path.write_bytes(damage)
+        with pytest.raises(OSError, match=r"examples cannot be read \(.+\): check --data"):
+            hellaswag.load_questions(path, "harness")
+    as_parquet(path, EXAMPLES)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(OSError, match=r"(?s)examples cannot be read \(.+\): check --data"):
+        hellaswag.load_questions(path, "harness")
+    as_parquet(path, [*EXAMPLES, EXAMPLES[0] | {"label": ""}])  # as in the test split
+    with pytest.raises(ValueError, match=r"examples: row 5 is not a HellaSwag example \(label is"):
+        hellaswag.load_questions(path, "harness")
 
 
 def test_mutated_lines_are_read_or_refused(data, model):
@@ -482,6 +539,25 @@ def test_command_prints_the_style_and_writes_every_example(data, tmp_path, comma
     assert sum(line["pred"] == line["label"] for line in lines) / 4 == summary["acc"]
     assert sum(line["pred_norm"] == line["label"] for line in lines) / 4 == summary["acc_norm"]
     assert [line["index"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_the_results_name_the_checkpoint_that_answered(data, tmp_path, command, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, out = Path("log", "mine"), Path("results.jsonl")
+    run.mkdir(parents=True)
+    path = save(model, run / "ckpt_000007.pt")
+    for arguments in [], ["--model", run]:  # the newest below log/; a run's folder
+        assert command("--data", data, "--device", "cpu", "--out", out, *arguments)[0] == 0
+        assert json.loads(out.read_text().splitlines()[-1])["model"] == str(path)
+
+
+def test_a_console_without_the_characters_gets_escapes(tmp_path, command, monkeypatch):
+    for name in "stdout", "stderr":  # as under PYTHONIOENCODING=ascii
+        stream = io.TextIOWrapper(io.BytesIO(), "ascii", "strict", write_through=True)
+        monkeypatch.setattr(sys, name, stream)
+    missing = tmp_path / "naïve 中.jsonl"
+    assert command("--data", missing, "--device", "cpu")[0] == 2
+    assert b"na\\xefve \\u4e2d.jsonl: no such file: check --data" in stream.buffer.getvalue()
 
 
 def test_limit_counts_examples(data, command):
