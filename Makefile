@@ -12,7 +12,7 @@ demo: .venv/.run
 	@echo "Trained. Let it write, from a prompt of your own:"
 	@echo "  .venv/bin/python sample.py --model log/demo/hf --prompt 'Return the number of'"
 	@echo "or train on your own text:"
-	@echo "  .venv/bin/python fineweb.py --source 'texts/*.txt' --out_dir data/mine"
+	@echo "  .venv/bin/python fineweb.py --source texts/*.txt --out_dir data/mine"
 	@echo "  .venv/bin/python train_gpt2.py --preset tiny --data_dir data/mine --out_dir log/mine"
 
 test: .venv/.dev

@@ -2,38 +2,60 @@
 Text to token shards, with the GPT-2 BPE:
 
     python fineweb.py                                FineWeb-Edu, 10 billion tokens, from the hub
-    python fineweb.py --source 'corpus/*.parquet'    local .parquet, .jsonl, .txt (.gz, .zst too)
+    python fineweb.py --source corpus/*.parquet      your files (docs/inputs.md lists the formats)
     python fineweb.py --source pydocs                docstrings of installed Python packages
     python fineweb.py --verify --out_dir DIR         check the shards in a folder
 
-The source is cut into units: some rows of parquet, a range of lines, or a text file. Each worker
-reads and tokenises one unit at a time. The main process takes the tokens in source order, packs
-them into shards and writes these. The manifest records where in the source each shard ends. So the
-same command carries on after an interruption, and it can make a single damaged shard again.
+The source is cut into units: some rows of parquet, a range of lines, or a part of a text. Each
+worker reads and tokenises one unit at a time. The main process takes the tokens in source order,
+packs them into shards and writes these. The manifest records where in the source each shard ends.
+So the same command carries on after an interruption, and it can make a single damaged shard again.
 """
 
 import bisect
 import contextlib
-import glob
+import re
 import shutil
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from common.cli import advice, outlive_console, run_command, say
-from common.corpus import Source, Unit, blame, file_kind, find_source, source_units, unit_texts
+from common.corpus import (
+    BadText,
+    Source,
+    Unit,
+    blame,
+    file_kind,
+    find_source,
+    source_units,
+    unit_texts,
+)
 from common.files import locked
 from common.hub import retry
-from common.shards import MANIFEST, read_manifest, shard_fault, write_manifest, write_shard
-from common.tokenizer import EOT, RANKS_SHA256, encode
+from common.paths import local_names, source_folder
+from common.shards import (
+    MANIFEST,
+    VAL_SHARE,
+    cut_validation,
+    finish_cut,
+    pack_shards,
+    read_manifest,
+    shard_fault,
+    shard_name,
+    take_tokens,
+    write_manifest,
+    write_shard,
+)
+from common.tokenizer import EOT, EOT_TEXT, RANKS_SHA256, encode
 from common.workers import count_cores, worker_pool
 
 # -----------------------------------------------------------------------------
@@ -46,16 +68,18 @@ FINEWEB, SAMPLE = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 class DataConfig:
     """Turn text into shards of GPT-2 tokens."""
 
-    source: str = "hub"  # hub, pydocs, or a file or glob of .parquet, .jsonl, .txt (also .gz, .zst)
+    source: tuple[str, ...] = ("hub",)  # hub, pydocs, or files, folders, globs (docs/inputs.md)
     dataset: str = FINEWEB  # data set on the hub
     name: str | None = None  # its configuration (sample-10BT for FineWeb-Edu, else its default)
     split: str = "train"  # split of the data set
-    text_column: str = "text"  # parquet column or JSON field that holds the text
+    text_column: str = "text"  # column or field that holds the text (meta.text: text inside meta)
     out_dir: Path | None = None  # folder (edu_fineweb10B for the default data, else data/<source>)
     shard_size: int = 100_000_000  # tokens per shard
     max_tokens: int | None = None  # stop after this many tokens
     num_proc: int = field(default_factory=count_cores)  # worker processes (one for each core)
     format: Literal["npy", "bin"] = "npy"  # bin: the format of llm.c and modded-nanogpt
+    on_error: Literal["stop", "skip"] = "stop"  # skip: leave out lines that cannot be read
+    split_eot: Literal["auto", "on", "off"] = "auto"  # a written <|endoftext|> ends a document?
     retry_minutes: float = 30  # how long to try again while the hub fails
     verify: bool = False  # only check the shards in out_dir against their manifest
 
@@ -74,73 +98,65 @@ class DataConfig:
     def folder(self) -> Path:
         if self.out_dir:
             return self.out_dir
-        if self.source == "hub":
+        if self.source == ("hub",):
             if (self.dataset, self.config_name) == (FINEWEB, SAMPLE):
                 return Path("edu_fineweb10B")
             name = "-".join(filter(None, [self.dataset.split("/")[-1], self.config_name]))
-        else:  # corpus/*.parquet: data/corpus, corpus/books.jsonl.gz: data/books
-            path = Path(self.source).resolve()
-            name = path.parent.name if glob.has_magic(path.name) else path.name.split(".")[0]
+        else:
+            name = source_folder(self.source)
         return Path("data", name)
-
-
-# -----------------------------------------------------------------------------
-# packing
-
-
-def pack_shards(
-    documents: Iterable[np.ndarray | list[int]], shard_size: int, skip: int = 0
-) -> Iterator[np.ndarray]:
-    """Yield shards of `shard_size` uint16 tokens; the last holds the rest.
-
-    The documents come without <|endoftext|>. One is put before each document, even an empty one.
-    The first `skip` tokens of the result are left out. A full shard is yielded only when there is
-    a token for the next one, so the last shard is never empty.
-    """
-    shard, filled = np.empty(shard_size, np.uint16), 0
-    for document in documents:
-        for piece in np.array([EOT], np.uint16), np.asarray(document, np.uint16):
-            piece, skip = piece[skip:], max(0, skip - len(piece))
-            while len(piece):
-                if filled == shard_size:
-                    yield shard
-                    shard, filled = np.empty(shard_size, np.uint16), 0
-                room = shard_size - filled
-                shard[filled : filled + len(piece)] = piece[:room]
-                filled, piece = min(shard_size, filled + len(piece)), piece[room:]
-    if filled:
-        yield shard[:filled]
-
-
-def take_tokens(documents: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """Yield documents until they hold `count` tokens; cut the last one.
-
-    The <|endoftext|> before each document counts as one token.
-    """
-    for document in documents:
-        yield document[: count - 1]
-        count -= 1 + len(document)
-        if count <= 0:
-            return
 
 
 # -----------------------------------------------------------------------------
 # workers
 
+# The marker on a line of its own, as in TinyStories: the line ends belong to it.
+SEPARATOR = re.compile(rf"(?:\r?\n)?{re.escape(EOT_TEXT)}(?:\r?\n)?")
+BEFORE_DOCUMENT = np.array([EOT], np.uint16)
 
-def tokenize_unit(source: Source, unit: Unit) -> tuple[np.ndarray | None, int]:
-    """Return the tokens of a unit and the number of its nulls (rows without text).
 
-    EOT stands between documents, not before the first. The tokens are None if no row has text.
+def is_blank(text: str | None) -> bool:
+    return not text or text.isspace()
+
+
+class UnitTokens(NamedTuple):
+    """The tokens of a unit, and what a user wants to know about its text."""
+
+    tokens: np.ndarray  # uint16, with <|endoftext|> before every document
+    counts: Counter  # empty, skipped: texts left out; separators, marks: written <|endoftext|>
+    faults: list[str]  # what was skipped
+
+
+def tokenize_unit(source: Source, unit: Unit, split_eot: str = "auto") -> UnitTokens:
+    """Tokenise one unit. Raises BadText for text that cannot be read, unless the source skips it.
+
+    With `split_eot` (auto: in text files) a written <|endoftext|> separates documents.
     """
-    parts, nulls = [], 0
-    with blame(source.files[unit.file][0]):
+    path, tokens, counts, faults = source.files[unit.file][0], [], Counter(), []
+    is_txt = file_kind(path)[0] == "txt"
+    splits = is_txt if split_eot == "auto" else split_eot == "on"
+    continues = is_txt and unit.start > 0  # its first text is the rest of a document
+    with blame(path):
         for text in unit_texts(source, unit):
-            if text is None:
-                nulls += 1
+            if isinstance(text, BadText):
+                if source.on_error == "stop":
+                    raise BadText(f"{path} {text}; --on_error skip leaves it out")
+                counts["skipped"] += 1
+                faults.append(f"{path} {text}")
+                if is_txt and unit.share < 1:  # what follows in the file is a new document
+                    tokens.append(BEFORE_DOCUMENT)
+            elif is_blank(text) and not continues:
+                counts["empty"] += 1
             else:
-                parts += [np.array([EOT], np.uint16), encode(text)]
-    return np.concatenate(parts[1:]) if parts else None, nulls
+                if marks := text.count(EOT_TEXT):
+                    counts["separators" if splits else "marks"] += marks
+                for document in SEPARATOR.split(text) if splits and marks else (text,):
+                    if continues:
+                        tokens.append(encode(document))
+                    elif not is_blank(document):
+                        tokens += [BEFORE_DOCUMENT, encode(document)]
+                    continues = False
+    return UnitTokens(np.concatenate(tokens or [BEFORE_DOCUMENT[:0]]), counts, faults)
 
 
 class TokenStream:
@@ -149,22 +165,27 @@ class TokenStream:
     A place is [file number, start of a unit in this file, tokens after this start].
     """
 
-    def __init__(self, config: DataConfig, source: Source, place: list[int], pool: Executor):
-        file, start, self.skip = place  # skipped tokens belong to the shard before
-        self.source, self.pool, self.retry_minutes = source, pool, config.retry_minutes
+    def __init__(
+        self, config: DataConfig, source: Source, shard: dict[str, Any] | None, pool: Executor
+    ):
+        """Start after a shard, given by its entry in the manifest, or at the beginning."""
+        shard = shard or {"end": [0, 0, 0]}
+        file, start, self.skip = shard["end"]  # skipped tokens belong to the shard before
+        self.config, self.source, self.pool = config, source, pool
         self.units = source_units(replace(source, retry_minutes=config.retry_minutes), file, start)
         self.in_flight = 2 * config.num_proc + 2  # units at once: a limit on memory
-        self.starts = [(0, file, start)]  # per unit: tokens before it in the stream, file, start
-        self.tokens = self.nulls = 0
+        self.tokens, self.counts = 0, Counter(shard.get("counts", {}))  # counts of the whole source
+        # per unit: tokens before it in the stream, file, start, counts before it
+        self.starts = [(0, file, start, self.counts)]
         self.read, self.to_read = 0.0, sum(size for _, size in source.files[file:])
 
     def __iter__(self) -> Iterator[np.ndarray]:
         flight, failed = deque(), False
 
         def submit(unit: Unit) -> tuple[Unit, Future]:
-            return unit, self.pool.submit(tokenize_unit, self.source, unit)
+            return unit, self.pool.submit(tokenize_unit, self.source, unit, self.config.split_eot)
 
-        def first_result() -> tuple[np.ndarray | None, int]:
+        def first_result() -> UnitTokens:
             nonlocal failed
             for i, (unit, result) in enumerate(flight if failed else ()):
                 if result.done() and result.exception():  # submit all failed units again together
@@ -179,29 +200,41 @@ class TokenStream:
                 flight.append(submit(unit))
             if not flight:
                 return
-            tokens, nulls = retry(first_result, self.retry_minutes)
+            tokens, counts, faults = retry(first_result, self.config.retry_minutes)
             unit, _ = flight.popleft()
-            self.starts.append((self.tokens, unit.file, unit.start))
+            self.starts.append((self.tokens, unit.file, unit.start, self.counts))
             self.read += unit.share * self.source.files[unit.file][1]
-            self.nulls += nulls
-            if tokens is not None:
-                self.tokens += 1 + len(tokens)
-                yield tokens
+            for fault in faults[: max(0, FAULTS_NAMED - self.counts["skipped"])]:
+                say(f"skipped: {fault}")
+            self.counts = self.counts + counts
+            self.tokens += len(tokens)
+            yield tokens
 
-    def place(self, tokens: int) -> list[int]:
-        """Return the place after `tokens` tokens of the stream; `tokens` must not decrease."""
+    def end(self, tokens: int) -> dict[str, Any]:
+        """Return for the manifest where a shard ends: after `tokens` tokens of the stream.
+
+        `tokens` must not decrease.
+        """
         del self.starts[: bisect.bisect_right(self.starts, (tokens, 1 << 62)) - 1]
-        before, file, start = self.starts[0]
-        return [file, start, tokens - before]
+        before, file, start, counts = self.starts[0]
+        return {"end": [file, start, tokens - before]} | ({"counts": counts} if counts else {})
 
     def expected_tokens(self) -> int:
         """Estimate the tokens of the whole stream from the part read so far."""
-        return int((self.tokens - self.skip) * max(1.0, self.to_read / (self.read or self.to_read)))
+        part = self.read / max(1, self.to_read)  # of the source, as far as it is read
+        return int((self.tokens - self.skip) / min(1.0, part or 1.0))
 
 
 # -----------------------------------------------------------------------------
 # the run
 
+COUNTED = {  # what the text had, said at the end
+    "empty": "{:,} rows or files without text were left out",
+    "skipped": "{:,} lines or files that cannot be read were left out",
+    "separators": "{:,} written <|endoftext|> separate documents",
+    "marks": "warning: {:,} written <|endoftext|> stay ordinary text (else give --split_eot on)",
+}
+FAULTS_NAMED = 10  # of the lines that --on_error skip leaves out
 AFTER_DISK_FULL = "make room and run the same command to carry on (finished shards are kept)"
 
 
@@ -216,7 +249,10 @@ def check_space(config: DataConfig, source: Source, done: int) -> None:
     for path, size in source.files:
         kind, compression = file_kind(path)
         tokens += size * ratios.get(compression or kind, 0.25)
-    need = 2 * (min(tokens, config.max_tokens or tokens) - done)
+    tokens = min(tokens, config.max_tokens or tokens)
+    need = 2 * (tokens - done)
+    if tokens < VAL_SHARE * config.shard_size:
+        need *= 2  # they are written a second time, by cut_validation
     free = shutil.disk_usage(config.folder).free
     say(f"{config.folder}: about {need / 1e9:.2f} GB to write, {free / 1e9:.0f} GB free")
     if need > free:
@@ -237,14 +273,16 @@ def run_manifest(
         "shard_size": config.shard_size,
         "max_tokens": config.max_tokens,
         "format": config.format,
+        "split_eot": config.split_eot,
         "revision": source.revision,
     }
     for key, value in settings.items() if manifest else ():
         if manifest.get(key) != value:
             what = f"{config.folder} was made with {key} {manifest.get(key)}, not {value}"
             raise ValueError(f"{what}: choose another --out_dir, or delete it")
-    # only the names of local files: the folder may be given to others
-    files = [[path if source.dataset else Path(path).name, size] for path, size in source.files]
+    paths = [path for path, _ in source.files]
+    names = paths if source.dataset else local_names(paths)  # the folder may be given to others
+    files = [[name, size] for name, (_, size) in zip(names, source.files, strict=True)]
     return manifest or {**settings, "files": files, "tokens": 0, "shards": []}
 
 
@@ -265,9 +303,11 @@ def tokenize(config: DataConfig) -> None:
                 split=config.split,
                 text_column=config.text_column,
                 retry_minutes=config.retry_minutes,
+                on_error=config.on_error,
                 manifest=manifest,
             )
             manifest = run_manifest(config, source, manifest)
+            finish_cut(folder, manifest)  # of a run that was killed in it
             shards = manifest["shards"]
             damaged = [i for i, shard in enumerate(shards) if shard_fault(folder, shard, False)]
             if (
@@ -287,7 +327,7 @@ def tokenize(config: DataConfig) -> None:
             done = len(manifest["shards"]) if manifest else 0
             kept = f", {done} shards in {folder} are kept" if done else ""
             raise OSError(f"{error}{kept}: run the same command to carry on") from None
-    say(f"{folder}: finished, {manifest['tokens']:,} tokens in {len(shards)} shards")
+    say(f"{folder}: finished, {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards")
 
 
 def make_shards(
@@ -297,38 +337,43 @@ def make_shards(
     from tqdm import tqdm
 
     shards, done, began = manifest["shards"], manifest["tokens"], time.monotonic()
-    stream = TokenStream(config, source, shards[-1]["end"] if shards else [0, 0, 0], pool)
-    limit, given, place = config.max_tokens or 1 << 62, 0, stream.skip
+    stream = TokenStream(config, source, shards[-1] if shards else None, pool)
+    limit, place = config.max_tokens or 1 << 62, stream.skip
 
-    def documents() -> Iterator[np.ndarray]:
-        nonlocal given
-        for tokens in take_tokens(stream, stream.skip + limit - done) if done < limit else ():
+    def pieces() -> Iterator[np.ndarray]:
+        # if all tokens are there, this reads the last unit again, for its counts
+        for tokens in take_tokens(stream, stream.skip + limit - done):
             bar.total = min(limit, done + stream.expected_tokens())
-            bar.update(1 + len(tokens))
-            given += 1 + len(tokens)
+            bar.update(len(tokens))
             yield tokens
 
     with tqdm(initial=done, unit=" tokens", unit_scale=True, disable=None) as bar:
-        for tokens in pack_shards(documents(), config.shard_size, stream.skip):
-            all_in_one = not shards and given == len(tokens) > 1
-            cut = len(tokens) // 10 or 1  # the validation part of a source that fits in one shard
-            for part in (tokens[:cut], tokens[cut:]) if all_in_one else (tokens,):
-                split = "train" if shards else "val"
-                name = f"edufineweb_{split}_{len(shards):06d}.{config.format}"
-                place += len(part)
-                with advice(AFTER_DISK_FULL):
-                    sha256, end = write_shard(config.folder / name, part), stream.place(place)
-                    shards.append({"name": name, "tokens": len(part), "sha256": sha256, "end": end})
-                    write_manifest(config.folder, manifest)
-                rate = (manifest["tokens"] - done) / (time.monotonic() - began)
-                say(f"{name}: {len(part):,} tokens; {rate:,.0f} tokens a second so far")
-            del tokens, part  # frees the memory before the next shard fills
+        for tokens in pack_shards(pieces(), config.shard_size, stream.skip):
+            name = shard_name(len(shards), config.format)
+            place += len(tokens)
+            with advice(AFTER_DISK_FULL):
+                sha256 = write_shard(config.folder / name, tokens)
+                shard = {"name": name, "tokens": len(tokens), "sha256": sha256}
+                shards.append(shard | stream.end(place))
+                write_manifest(config.folder, manifest)
+            rate = (manifest["tokens"] - done) / (time.monotonic() - began)
+            say(f"{name}: {len(tokens):,} tokens; {rate:,.0f} tokens a second so far")
+            del tokens  # frees the memory before the next shard fills
     if not shards:
-        raise ValueError(f"{config.source} holds no text: check the file, or --text_column")
+        skipped = (
+            f" ({stream.counts['skipped']:,} lines skipped)" if stream.counts["skipped"] else ""
+        )
+        what = f"{' '.join(config.source)} holds no text{skipped}"
+        raise ValueError(f"{what}: check the file, or --text_column")
+    manifest |= {"counts": stream.counts} if stream.counts else {}
     with advice(AFTER_DISK_FULL):
+        if manifest["tokens"] < VAL_SHARE * config.shard_size:
+            cut_validation(config.folder, manifest)
+            say(f"validation: {manifest['shards'][0]['tokens']:,} tokens, a tenth of all")
         write_manifest(config.folder, manifest, finished=True)
-    if stream.nulls:
-        say(f"{stream.nulls:,} rows or files without text were left out")
+    for name, what in COUNTED.items():
+        if count := stream.counts[name]:
+            say(what.format(count))
 
 
 def repair_shard(
@@ -337,9 +382,9 @@ def repair_shard(
     """Make a damaged shard of the manifest again; its sha256 must be the recorded one."""
     shards = manifest["shards"]
     shard, path = shards[index], config.folder / shards[index]["name"]
-    stream = TokenStream(config, source, shards[index - 1]["end"] if index else [0, 0, 0], pool)
-    documents = take_tokens(stream, stream.skip + shard["tokens"])
-    tokens = next(pack_shards(documents, shard["tokens"], stream.skip))
+    stream = TokenStream(config, source, shards[index - 1] if index else None, pool)
+    pieces = take_tokens(stream, stream.skip + shard["tokens"])
+    tokens = next(pack_shards(pieces, shard["tokens"], stream.skip))
     with advice(AFTER_DISK_FULL):
         sha256 = write_shard(path, tokens)
     if sha256 != shard["sha256"]:

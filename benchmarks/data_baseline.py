@@ -124,7 +124,7 @@ def main() -> None:
         folder = Path(temporary, "files")
         folder.mkdir()
         size = make_files(args.corpus, folder, args.megabytes) / 1e6
-        source = find_files(f"{folder}/*.parquet")
+        source = find_files((f"{folder}/*.parquet",))
         units = source_units(source, 0, 0)
         texts = [text for unit in units for text in unit_texts(source, unit)]
         parts = [texts[i::cores] for i in range(cores)]
@@ -140,15 +140,17 @@ def main() -> None:
                 alone = pool.map(tokenizer_alone, parts, chunksize=1)
             alone_wall.append(max(wall for wall, _ in alone))
             alone_cpu.append(sum(cpu for _, cpu in alone))
-            shards = [sorted(outs[0].glob("*.npy")), [*sorted(outs[1].glob("*_val_*"))]]
-            shards[1] += sorted(outs[1].glob("*_train_*"))
-            same = [np.array_equal(np.load(a), np.load(b)) for a, b in zip(*shards, strict=True)]
-            assert all(same), "the two ways wrote different shards"
+            shards = [*sorted(outs[1].glob("*_val_*")), *sorted(outs[1].glob("*_train_*"))]
+            both = [
+                np.concatenate([np.load(path) for path in paths])
+                for paths in (sorted(outs[0].glob("*.npy")), shards)
+            ]
+            assert np.array_equal(*both), "the two ways wrote different tokens"
             print(f"pair {pair}: plain {plain[-1]:.2f} s, fineweb.py {ours[-1]:.2f} s", flush=True)
     median = statistics.median
     wall = [a / o for a, o in zip(alone_wall, ours, strict=True)]
     cpu = [a / o for a, o in zip(alone_cpu, ours_cpu, strict=True)]
-    print(f"{size:.0f} MB of text, {len(texts):,} documents, {cores} cores, shards identical")
+    print(f"{size:.0f} MB of text, {len(texts):,} documents, {cores} cores, tokens identical")
     print(f"plain way    {size / median(plain):5.1f} MB/s")
     print(
         f"fineweb.py   {size / median(ours):5.1f} MB/s, {size / median(ours_cpu):.1f} a CPU second"

@@ -1,35 +1,47 @@
 """Where text comes from: local files, the hub, or docstrings.
 
 A source is a list of files at a fixed revision. It is cut into units: some rows of parquet, a range
-of lines, or a text file. A worker process can read each unit independently of the others.
+of lines, or a part of a text. A worker process can read each unit independently of the others.
 """
 
 import bisect
 import contextlib
 import functools
-import glob
 import hashlib
 import io
 import itertools
-import json
 import os
-import re
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO, Literal
 
+from common.formats import (
+    BadText,
+    csv_texts,
+    decode_text,
+    file_kind,
+    holds_values,
+    is_utf16,
+    json_lines,
+    json_values,
+    line_blocks,
+    no_text,
+    open_text,
+    take,
+    text_blocks,
+    until_damage,
+)
 from common.hub import HubFile, find_dataset, retry
-from common.workers import count_cores, worker_pool
+from common.paths import expand_path, local_names
+from common.pydocs import find_pydocs, read_pydocs
+from common.tokenizer import text_cut
 
 # -----------------------------------------------------------------------------
-# the files of a source, and their units
+# the files of a source
 
 UNIT_BYTES = 2 << 20  # of text: 0.15 s of work, so small sources keep all cores busy too
 HUB_UNIT_BYTES = 16 << 20  # one request; 3,000 requests for 10BT, the hub's limit for 5 minutes
-BIG_ROW_GROUP = 64 << 20  # the main process reads a larger one and sends its lines to workers
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+BIG_ROW_GROUP = 64 << 20  # the main process reads a larger one and sends its texts to workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,40 +52,31 @@ class Source:
     revision: str  # changes when the text changes
     files: tuple[tuple[str, int], ...]  # path and size in bytes of each
     text_column: str = "text"
+    on_error: Literal["stop", "skip"] = "stop"  # skip: go on after text that cannot be read
     dataset: str | None = None  # its name on the hub; None for other sources
     retry_minutes: float = 0  # how long to repeat a read from the hub that fails
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """A part of one file.
-
-    `start` and `stop` are rows of a parquet file, and bytes of any other file. In a compressed file
-    they count bytes of the text, not of the file.
-    """
-
-    file: int
-    start: int
-    stop: int
-    share: float  # part of the file (0 to 1), for the progress bar
-    lines: bytes | None = None  # its JSON lines, if a worker cannot start reading in the middle
-
-
 def find_source(
-    source: str,
+    paths: tuple[str, ...],
     *,
     dataset: str,
     name: str | None,
     split: str,
     text_column: str,
     retry_minutes: float,
+    on_error: Literal["stop", "skip"],
     manifest: dict[str, Any] | None,
 ) -> Source:
     """Find the files to read. A hub source keeps the revision and files of its manifest."""
-    if source == "pydocs":
-        return find_pydocs()
-    if source != "hub":
-        return find_files(source, text_column)
+    for special in {"hub", "pydocs"}.intersection(paths):
+        if len(paths) > 1:
+            raise ValueError(f"--source {special} stands alone: for a file use ./{special}")
+    if paths == ("pydocs",):
+        files = (("pydocs.jsonl", 1),)  # this file exists only in memory
+        return Source(name="pydocs", revision=find_pydocs(), files=files)
+    if paths != ("hub",):
+        return find_files(paths, text_column, on_error)
     full_name = " ".join(["hub", dataset, name or "(default)", split])
     if manifest and manifest["source"] == full_name:
         revision, files = manifest["revision"], manifest["files"]
@@ -84,144 +87,240 @@ def find_source(
         revision=revision,
         files=tuple((path, size) for path, size in files),
         text_column=text_column,
+        on_error=on_error,
         dataset=dataset,
     )
 
 
-def find_files(pattern: str, text_column: str = "text") -> Source:
-    """Find the local files that match a path or glob, in sorted order."""
-    fingerprint, files = hashlib.sha256(), []
-    for path in sorted(glob.glob(pattern, recursive=True)) or [pattern]:
-        if Path(path).is_dir():
-            raise ValueError(f"{path} is a folder: name its files, as in '{path}/*.parquet'")
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such file: check --source")
-        with open(path, "rb") as file:  # size and both ends: nearly every change alters one of them
+def find_files(
+    paths: tuple[str, ...], text_column: str = "text", on_error: Literal["stop", "skip"] = "stop"
+) -> Source:
+    """Find the local files that paths, folders and globs stand for, each once, in sorted order."""
+    found = {os.path.abspath(path): path for given in paths for path in expand_path(given)}
+    chosen, fingerprint, files = [found[path] for path in sorted(found)], hashlib.sha256(), []
+    for path, name in zip(chosen, local_names(chosen), strict=True):
+        file_kind(path)
+        # size and both ends: nearly every change alters one of them
+        with blame(path), open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            fingerprint.update(f"{Path(path).name} {size}\n".encode() + file.read(1 << 16))
+            fingerprint.update(os.fsencode(f"{name} {size}\n") + file.read(1 << 16))
             file.seek(max(0, size - (1 << 16)))
             fingerprint.update(file.read())
         files.append((path, size))
-    revision = fingerprint.hexdigest()
-    return Source(name="local", revision=revision, files=tuple(files), text_column=text_column)
+    return Source(
+        name="local",
+        revision=fingerprint.hexdigest(),
+        files=tuple(files),
+        text_column=text_column,
+        on_error=on_error,
+    )
 
 
-def file_kind(path: str) -> tuple[str, str | None]:
-    """Return the format of a file (parquet, json or txt) and its compression."""
-    match = re.search(r"\.(parquet|json|txt)l?(\.gz|\.zst)?$", path.lower())
-    if not match or match[0].startswith(".parquet."):
-        raise ValueError(f"{path} is not .parquet, .jsonl or .txt (or .gz, .zst): convert it")
-    return match[1], COMPRESSIONS.get(match[2])
+# -----------------------------------------------------------------------------
+# units
 
 
-def open_file(source: Source, file: int) -> BinaryIO:
-    """Open a file of the source: a local file, one on the hub, or the docstrings in memory."""
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A part of one file.
+
+    `start` and `stop` are bytes in JSON lines and in text files (of the text, if it is compressed),
+    and rows in all other files. A unit of a text file that starts after 0 continues the document.
+    """
+
+    file: int
+    start: int
+    stop: int
+    share: float  # part of the file (0 to 1), for the progress bar
+    # its bytes or its texts, if a worker cannot start reading in the middle
+    data: bytes | None = None
+    texts: list[str | BadText | None] | None = None
+
+
+def open_file(source: Source, file: int, start: int = 0, stop: int = 0) -> BinaryIO:
+    """Open a file of the source. On the hub, one request gets the bytes from start to stop."""
     if source.name == "pydocs":
         return io.BytesIO(read_pydocs())
-    if source.dataset:
-        path, size = source.files[file]
-        hub_file = HubFile(source.dataset, source.revision, path, size, source.retry_minutes)
-        return io.BufferedReader(hub_file)
-    return open(source.files[file][0], "rb")
+    path, size = source.files[file]
+    if not source.dataset:
+        return open(path, "rb")
+    hub_file = HubFile(source.dataset, source.revision, path, size, source.retry_minutes)
+    hub_file.fetch(start, stop)
+    return io.BufferedReader(hub_file)
 
 
-def uncompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
-    """Return a stream of the text in a file."""
-    import pyarrow
+def read_range(source: Source, file: int, start: int, stop: int) -> bytes:
+    """Return the bytes of a file from start to stop, or to its end."""
+    with open_file(source, file, start, stop) as buffered:
+        # on the hub, the buffer would read on behind the bytes that are fetched
+        raw = buffered.raw if source.dataset else buffered
+        raw.seek(start)
+        return raw.read(stop - start)
 
-    return pyarrow.input_stream(raw, compression=compression) if compression else raw
+
+def source_units(source: Source, file: int, start: int) -> Iterator[Unit]:
+    """Cut the source into units; begin at `start` in `file`, where a unit must start.
+
+    If a file is damaged, the last of its units has a BadText.
+    """
+    for at, (path, _) in enumerate(source.files[file:], file):
+        with blame(path):
+            for unit in until_damage(file_units(source, at, start)):
+                if isinstance(unit, BadText):
+                    unit = Unit(file=at, start=start, stop=start, share=0, texts=[unit])
+                yield unit
+                start = unit.stop
+        start = 0
+
+
+def file_units(source: Source, file: int, start: int) -> Iterator[Unit]:
+    """Cut one file into units."""
+    path, size = source.files[file]
+    if file_kind(path)[0] == "parquet":
+        yield from open_parquet(source, file).units(start)
+    elif is_small(source, file) and not start:
+        yield Unit(file=file, start=0, stop=size, share=1)
+    elif not has_ranges(source, file):
+        yield from streamed_units(source, file, start)
+    else:
+        step = HUB_UNIT_BYTES if source.dataset else UNIT_BYTES
+        for begin in range(start, size, step):
+            stop = min(size, begin + step)
+            yield Unit(file=file, start=begin, stop=stop, share=(stop - begin) / size)
+
+
+def is_small(source: Source, file: int) -> bool:
+    """Tell whether a worker reads the whole file at once. All other files have smaller units."""
+    path, size = source.files[file]
+    limit = HUB_UNIT_BYTES if source.dataset else UNIT_BYTES
+    if file_kind(path)[1]:
+        limit //= 8  # text is seldom compressed to less than an eighth
+    return size <= limit and source.name != "pydocs"
+
+
+def has_ranges(source: Source, file: int) -> bool:
+    """Tell whether workers can begin to read in the middle of a file."""
+    kind, compression = file_kind(source.files[file][0])
+    if compression or kind == "csv" or source.name == "pydocs":
+        return False
+    head = read_range(source, file, 0, 1 << 16)
+    return not is_utf16(head) and not (kind == "json" and holds_values(head))
+
+
+def streamed_units(source: Source, file: int, start: int = 0) -> Iterator[Unit]:
+    """Cut a file that can only be read from its beginning; the units hold what they read."""
+    path, size = source.files[file]
+    kind, compression = file_kind(path)
+    with open_file(source, file, 0, size if is_small(source, file) else 0) as raw:
+        size, _ = max(1, raw.seek(0, os.SEEK_END)), raw.seek(0)
+        stream = open_text(raw, compression)
+
+        def progress(_: int) -> float:
+            return 1.0 if raw.closed else raw.tell() / size  # the reader closes it at its end
+
+        if kind == "csv":
+            delimiters = "\t,;" if ".tsv" in path.lower() else ",;\t"
+            texts = csv_texts(stream, source.text_column, delimiters)
+        elif kind == "json" and holds_values(stream.peek(1 << 16)):
+            texts = json_values(stream, source.text_column)
+        else:
+            blocks = (text_blocks if kind == "txt" else line_blocks)(stream, UNIT_BYTES)
+            yield from collect(file, blocks, start, progress)
+            return
+        yield from collect(file, take(texts, UNIT_BYTES), start, progress)
+
+
+def collect(
+    file: int, parts: Iterator[bytes | list], start: int, progress: Callable[[int], float]
+) -> Iterator[Unit]:
+    """Yield units that hold parts of a file, bytes or texts, from the one that begins at `start`.
+
+    The parts before are read too: a damaged file then breaks at the same place as the last time.
+    `progress` of the end of a unit is the part of the file (0 to 1) that has been read.
+    """
+    at, before = 0, 0.0
+    for part in parts:
+        stop, now = at + len(part), progress(at + len(part))
+        what = {"data": part} if isinstance(part, bytes) else {"texts": part}
+        if at >= start:
+            yield Unit(file=file, start=at, stop=stop, share=now - before, **what)
+        at, before = stop, now
+
+
+# -----------------------------------------------------------------------------
+# texts
+
+
+def unit_texts(source: Source, unit: Unit) -> Iterator[str | BadText | None]:
+    """Yield the texts of a unit; None for a row without text, a BadText for what cannot be read."""
+    for text in until_damage(read_texts(source, unit)):  # a byte-order mark has no meaning
+        yield text.removeprefix("\ufeff") if isinstance(text, str) else text
 
 
 @contextlib.contextmanager
 def blame(path: str) -> Iterator[None]:
-    """Put the name of the file before an error of reading it."""
+    """Put the name of the file before an error of the disk."""
     try:
         yield
     except (ConnectionError, TimeoutError):
         raise
-    except (ValueError, OSError) as error:  # pyarrow's errors are all one or the other
-        what = error if type(error) is ValueError else f"cannot be read ({error}): check the file"
-        raise ValueError(f"{path} {what}") from None
+    except OSError as error:
+        raise OSError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
-def source_units(source: Source, file: int, start: int) -> Iterator[Unit]:
-    """Cut the source into units; begin at `start` in `file`, where a unit must start."""
-    for at, (path, size) in enumerate(source.files[file:], file):
-        kind, compression = file_kind(path)
-        with blame(path):
-            if kind == "parquet":
-                yield from open_parquet(source, at).units(start)
-            elif kind == "txt":
-                yield Unit(file=at, start=0, stop=size, share=1)
-            elif compression or source.name == "pydocs":
-                yield from stream_units(source, at, start)
-            else:
-                step = HUB_UNIT_BYTES if source.dataset else UNIT_BYTES
-                for begin in range(start, size, step):
-                    stop = min(size, begin + step)
-                    yield Unit(file=at, start=begin, stop=stop, share=(stop - begin) / size)
-        start = 0
-
-
-def stream_units(source: Source, file: int, start: int) -> Iterator[Unit]:
-    """Cut a file that can only be read from its beginning into blocks of whole JSON lines."""
-    with open_file(source, file) as raw:
-        size, seen, rest = raw.seek(0, os.SEEK_END), raw.seek(0), b""
-        text = uncompressed(raw, file_kind(source.files[file][0])[1])
-        for skipped in range(0, start, UNIT_BYTES):
-            text.read(min(UNIT_BYTES, start - skipped))
-        while block := text.read(UNIT_BYTES) or (rest and b"\n"):
-            whole, newline, rest = (rest + block).rpartition(b"\n")
-            if newline:
-                share, seen = (raw.tell() - seen) / size, raw.tell()
-                stop = start + len(whole) + 1
-                yield Unit(file=file, start=start, stop=stop, share=share, lines=whole + newline)
-                start = stop
-
-
-def unit_texts(source: Source, unit: Unit) -> Iterator[str | None]:
-    """Yield the texts of a unit; None for a row or file without text."""
-    kind, compression = file_kind(source.files[unit.file][0])
-    if kind == "parquet" and unit.lines is None:
+def read_texts(source: Source, unit: Unit) -> Iterator[str | BadText | None]:
+    """Yield the texts of a unit, up to the first place that cannot be read."""
+    kind, _ = file_kind(source.files[unit.file][0])
+    if unit.texts is not None:
+        yield from unit.texts
+    elif kind == "parquet":
         yield from open_parquet(source, unit.file).texts(unit.start, unit.stop)
+    elif unit.data is not None:
+        yield from bytes_texts(source, kind, unit.data, unit.start)
+    elif not is_small(source, unit.file):
+        yield from bytes_texts(source, kind, *read_part(source, unit))
     elif kind == "txt":
-        with open_file(source, unit.file) as raw:
-            data = uncompressed(raw, compression).read()
-        if b"\0" in data:
-            raise ValueError(f"is not a text file (byte {data.index(0)} is 0): leave it out")
-        try:
-            yield data.decode() or None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"is not UTF-8 at byte {error.start}: convert it with iconv") from None
+        parts = streamed_units(source, unit.file)
+        yield decode_text(b"".join(part.data for part in parts), 0)
     else:
-        with io.BytesIO(unit.lines) if unit.lines else open_file(source, unit.file) as file:
-            yield from json_texts(file, source.text_column, unit)
+        for part in streamed_units(source, unit.file):
+            yield from read_texts(source, part)
 
 
-def json_texts(file: BinaryIO, field: str, unit: Unit) -> Iterator[str | None]:
-    """Yield the text of each JSON line that starts in the unit."""
-    at = unit.start
-    if unit.lines is None:
-        if isinstance(file, io.BufferedReader) and isinstance(file.raw, HubFile):
-            file.raw.fetch(
-                max(0, at - 1), unit.stop + (1 << 16)
-            )  # most last lines end within 64 KiB
-        if at:  # a line that begins before `start` belongs to the unit before
-            file.seek(at - 1)
-            at += len(file.readline()) - 1
-    while (unit.lines or at < unit.stop) and (line := file.readline()):
-        try:
-            row = json.loads(line) if line.strip() else {field: None}
-        except UnicodeDecodeError:
-            raise ValueError(f"line at byte {at} is not UTF-8: convert the file") from None
-        except ValueError:
-            raise ValueError(f"line at byte {at} is cut off or not JSON: repair it") from None
-        if not isinstance(row, dict) or not isinstance(row.get(field, 0), str | None):
-            fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            hint = f"--text_column is one of {fields}"
-            raise ValueError(f"line at byte {at} has no text in field {field}: {hint}")
-        yield row[field]
-        at += len(line)
+def bytes_texts(
+    source: Source, kind: str, data: bytes, start: int
+) -> Iterator[str | BadText | None]:
+    """Yield the texts in JSON lines, or the one in a part of a text file."""
+    if kind == "json":
+        yield from json_lines(data, start, source.text_column)
+    else:
+        yield decode_text(data, start)
+
+
+CONTEXT = 16  # bytes before a place that tell whether a text can be cut there
+
+
+def read_part(source: Source, unit: Unit) -> tuple[bytes, int]:
+    """Return the lines, or the part of a text, that begin in a range of a file, and their place."""
+    path, size = source.files[unit.file]
+    cut = text_cut if file_kind(path)[0] == "txt" else line_start
+    begin = max(0, unit.start - CONTEXT)
+    # most last lines end within 64 KiB
+    data = read_range(source, unit.file, begin, unit.stop + (1 << 16))
+    first = cut(data, unit.start - begin) if unit.start else 0
+    if first is None or begin + first >= unit.stop:
+        return b"", unit.start
+    while (last := cut(data, unit.stop - begin)) is None and begin + len(data) < size:
+        data += read_range(source, unit.file, begin + len(data), begin + 2 * len(data))
+    return data[first:last], begin + first
+
+
+def line_start(data: bytes, start: int) -> int | None:
+    """Return the first start of a line from `start` on; None if there is none."""
+    return data.find(b"\n", start - 1) + 1 or None
+
+
+TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 
 class ParquetText:
@@ -232,19 +331,27 @@ class ParquetText:
 
         self.source, self.number, self.raw = source, file, open_file(source, file)
         self.file = pyarrow.parquet.ParquetFile(self.raw, buffer_size=1 << 20)
-        schema, name = self.file.schema_arrow, source.text_column
-        if name not in schema.names:
-            columns = ", ".join(schema.names)
-            raise ValueError(f"has no column {name}: --text_column is one of {columns}")
-        if str(kind := schema.field(name).type) not in ("string", "large_string"):
-            raise ValueError(f"has {kind}, not text, in column {name}: check --text_column")
-        leaves = [self.file.schema.column(i).path for i in range(len(self.file.schema))]
+        leaves = [self.file.schema.column(i) for i in range(len(self.file.schema))]
+        kind, name = self.file.schema_arrow, source.text_column
+        flat = [leaf.path for leaf in leaves if not leaf.max_repetition_level]
+        columns = dict.fromkeys([*kind.names, *flat])  # meta and meta.text
+        self.place = [name] if name in kind.names else name.split(".")  # meta.text: in a struct
+        for part in self.place:
+            if list(getattr(kind, "names", ())).count(part) != 1:
+                raise no_text("", name, columns)
+            kind = kind.field(part).type
+        value = getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
+        if str(value) not in (*TEXT_TYPES, "null", "extension<arrow.json>"):
+            raise no_text("", name, columns, str(kind)[:80])
         groups = [self.file.metadata.row_group(i) for i in range(self.file.num_row_groups)]
-        self.chunks = [group.column(leaves.index(name)) for group in groups]
+        place = [leaf.path for leaf in leaves].index(name)
+        self.chunks = [group.column(place) for group in groups]
         self.first_rows = list(itertools.accumulate((g.num_rows for g in groups), initial=0))
 
-    def texts(self, start: int, stop: int) -> Iterator[str | None]:
+    def texts(self, start: int, stop: int) -> Iterator[str | BadText | None]:
         """Yield the texts of rows start to stop."""
+        import pyarrow.compute
+
         groups = range(self.group_of(start), bisect.bisect_left(self.first_rows, stop))
         row = self.first_rows[groups[0]]
         if self.source.dataset:
@@ -253,9 +360,23 @@ class ParquetText:
             if (end := end + last.total_compressed_size) - begin < BIG_ROW_GROUP:
                 self.raw.raw.fetch(begin, end)  # fetches all columns: most bytes are text
         for batch in self.file.iter_batches(256, groups, [self.source.text_column]):
-            rows = batch.column(0)[max(0, start - row) : max(0, stop - row)]
+            top, *inside = self.place
+            column = batch.column(top)
+            if inside:
+                column = pyarrow.compute.struct_field(column, inside)
+            rows = column[max(0, start - row) : max(0, stop - row)]
+            try:
+                values = rows.to_pylist()
+            except UnicodeDecodeError:
+                values = rows.cast("binary").to_pylist()
+            for at, value in enumerate(values, max(start, row)):
+                try:
+                    yield value.decode() if isinstance(value, bytes) else value
+                except UnicodeDecodeError:
+                    yield BadText(
+                        f"row {at} is not UTF-8 in column {self.source.text_column}: convert it"
+                    )
             row += len(batch)
-            yield from rows.to_pylist()
 
     def group_of(self, row: int) -> int:
         """Return the number of the row group that holds a row."""
@@ -266,9 +387,8 @@ class ParquetText:
         limit = HUB_UNIT_BYTES if self.source.dataset else UNIT_BYTES
         rows, held = self.first_rows[-1], 0
 
-        def unit(stop: int, lines: bytes | None = None) -> Unit:
-            share = (stop - start) / rows
-            return Unit(file=self.number, start=start, stop=stop, share=share, lines=lines)
+        def unit(stop: int) -> Unit:
+            return Unit(file=self.number, start=start, stop=stop, share=(stop - start) / rows)
 
         for group in range(self.group_of(start), len(self.chunks)):
             first, stop = self.first_rows[group : group + 2]
@@ -277,77 +397,14 @@ class ParquetText:
                 yield unit(first)
                 start, held = first, 0
             held += size
-            lines, big = bytearray(), size > BIG_ROW_GROUP
-            for row, text in enumerate(self.texts(start, stop) if big else (), start + 1):
-                lines += json.dumps({self.source.text_column: text}).encode() + b"\n"
-                if len(lines) > UNIT_BYTES or row == stop:
-                    yield unit(row, bytes(lines))
-                    start, held, lines = row, 0, bytearray()
+            if size > BIG_ROW_GROUP:
+                parts = take(self.texts(first, stop), UNIT_BYTES)
+                for part in collect(self.number, parts, start - first, lambda n: n / rows):
+                    yield replace(part, start=first + part.start, stop=first + part.stop)
+                start, held = stop, 0
         if start < rows:
             yield unit(rows)
 
 
 # a worker's next unit is usually in the same file
 open_parquet = functools.lru_cache(maxsize=1)(ParquetText)
-
-
-# -----------------------------------------------------------------------------
-# pydocs: the docstrings of the standard library and of packages that this project requires
-
-PYDOCS_PACKAGES = ("numpy", "torch", "datasets")  # besides the standard library
-
-
-def find_pydocs() -> Source:
-    """Return the source of docstrings; the versions of Python and the packages are its revision."""
-    from importlib.metadata import version
-
-    versions = [f"{name} {version(name)}" for name in PYDOCS_PACKAGES]
-    revision = ", ".join([f"python {sys.version.split()[0]}", *versions])
-    files = (("pydocs.jsonl", 1),)  # this file exists only in memory
-    return Source(name="pydocs", revision=revision, files=files, text_column="text")
-
-
-def read_pydocs() -> bytes:
-    """Return one JSON line for each module: its docstrings of more than three lines, no repeats.
-
-    Modules are parsed, never imported. Their order is shuffled but fixed (by the sha256 of their
-    names), so the first tenth of the tokens, the validation split, is a fair sample.
-    """
-    import importlib.util
-    import sysconfig
-
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
-    roots += [Path(importlib.util.find_spec(name).origin).parent for name in PYDOCS_PACKAGES]
-    left_out = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages"}
-    modules = {}
-    for root in roots:
-        name = root.name if root is not roots[0] else "python"
-        for path in root.rglob("*.py"):
-            relative = path.relative_to(root)
-            if left_out.isdisjoint(relative.parts):
-                modules[f"{name}/{relative.as_posix()}"] = path
-    names = sorted(modules, key=lambda name: hashlib.sha256(name.encode()).digest())
-    with worker_pool(count_cores()) as pool:
-        found = list(pool.map(docstrings, [modules[name] for name in names], chunksize=32))
-    seen, lines = set(), []
-    for texts in found:
-        fresh = list(dict.fromkeys(text for text in texts if text not in seen))
-        seen.update(fresh)
-        if fresh:
-            lines.append(json.dumps({"text": "\n\n".join(fresh)}) + "\n")
-    return "".join(lines).encode()
-
-
-def docstrings(path: Path) -> list[str]:
-    """Return the docstrings of more than three lines in a Python file, in order."""
-    import ast
-    import warnings
-
-    warnings.simplefilter("ignore")  # invalid escapes in old modules
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # templates, and files for other versions of Python
-        return []
-    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners)]
-    return [text for text in texts if text and text.count("\n") >= 3]

@@ -1,24 +1,64 @@
 """Token shards and their manifest: write, check and read them.
 
 A shard is a row of uint16 tokens in a `.npy` file, or in a `.bin` file of llm.c. The manifest lists
-the shards of a folder with their token counts and sha256.
+the shards of a folder with their token counts and sha256. Token files of llm.c and nanoGPT are read
+too: they have no manifest.
 """
 
+import bisect
 import hashlib
 import io
+import itertools
 import json
 import mmap
-import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.files import write_atomically
+from common.files import replace, write_atomically
 from common.tokenizer import EOT
 
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"  # its name until all shards are written
+
+# -----------------------------------------------------------------------------
+# packing
+
+
+def pack_shards(
+    pieces: Iterable[np.ndarray], shard_size: int, skip: int = 0
+) -> Iterator[np.ndarray]:
+    """Yield shards of `shard_size` uint16 tokens; the last holds the rest.
+
+    The first `skip` tokens are left out. A full shard is yielded only when there is a token for the
+    next one, so the last shard is never empty.
+    """
+    shard, filled = np.empty(shard_size, np.uint16), 0
+    for piece in pieces:
+        piece, skip = piece[skip:], max(0, skip - len(piece))
+        while len(piece):
+            if filled == shard_size:
+                yield shard
+                shard, filled = np.empty(shard_size, np.uint16), 0
+            room = shard_size - filled
+            shard[filled : filled + len(piece)] = piece[:room]
+            filled, piece = min(shard_size, filled + len(piece)), piece[room:]
+    if filled:
+        yield shard[:filled]
+
+
+def take_tokens(pieces: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """Yield pieces until they hold `count` tokens; cut the last one."""
+    for piece in pieces:
+        yield piece[:count]
+        count -= len(piece)
+        if count <= 0:
+            return
+
 
 # -----------------------------------------------------------------------------
 # writing and checking
@@ -31,6 +71,11 @@ def shard_header(tokens: int, format: str) -> bytes:
     header, layout = io.BytesIO(), {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
     np.lib.format.write_array_header_1_0(header, layout)
     return header.getvalue()
+
+
+def shard_name(index: int, format: str) -> str:
+    """Return the file name of a shard; the first one is for validation."""
+    return f"edufineweb_{'train' if index else 'val'}_{index:06d}.{format}"
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> str:
@@ -59,7 +104,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any], finished: bool = Fals
     manifest["tokens"] = sum(shard["tokens"] for shard in manifest["shards"])
     write_atomically(folder / PARTIAL, (json.dumps(manifest, indent=1) + "\n").encode())
     if finished:
-        os.replace(folder / PARTIAL, folder / MANIFEST)
+        replace(folder / PARTIAL, folder / MANIFEST)
 
 
 def shard_fault(folder: Path, shard: dict[str, Any], thorough: bool = True) -> str | None:
@@ -89,6 +134,45 @@ def shard_fault(folder: Path, shard: dict[str, Any], thorough: bool = True) -> s
 # -----------------------------------------------------------------------------
 # reading
 
+# The header of an llm.c file begins with a number that says what it holds.
+LLMC_TOKENS = (20240520, 1)  # and the version
+LLMC_OTHERS = {
+    20240326: "a model of llm.c",
+    20240327: "a model of llm.c with its gradients",
+    20240328: "a tokenizer of llm.c",
+    20240522: "questions of HellaSwag or MMLU, of llm.c",
+    20240801: "32-bit tokens of Llama 3, of llm.c",
+}
+RAW = ("train.bin", "val.bin")  # nanoGPT's names: uint16 tokens without a header
+
+# <anything>_train_<anything>, train_000001: shards. <anything>_train, train: a split in one file.
+SHARD_NAME = re.compile(r"(?:(?P<set>.*)_)?(?P<split>train|val)_(?(set).*|\d+)\.(?:npy|bin)")
+WHOLE_NAME = re.compile(r"(?:(?P<set>.*)_)?(?P<split>train|val)\.bin")
+
+
+def token_files(data_dir: Path) -> dict[str, list[Path]]:
+    """Return the token files of each split (train, val) in sorted order.
+
+    They are told by their names: `*_train_*.npy`, `*_train_*.bin`, or one file for the whole split,
+    as llm.c (`*_train.bin`) and nanoGPT (`train.bin`) write it. Raises ValueError if files of
+    whole splits are there that do not belong together.
+    """
+    found: dict[str, list[Path]] = {"train": [], "val": []}
+    whole, sets = set(), {}
+    for path in sorted(data_dir.iterdir() if data_dir.is_dir() else ()):
+        in_one = WHOLE_NAME.fullmatch(path.name)
+        # macOS puts a file ._NAME beside each NAME on a disk of another system
+        if (name := in_one or SHARD_NAME.fullmatch(path.name)) and not path.name.startswith("."):
+            found[name["split"]].append(path)
+            sets.setdefault(name["set"], path)
+            if in_one:
+                whole.add(name["split"])
+    for paths in [list(sets.values()), *(found[split] for split in whole)] if whole else ():
+        if len(paths) > 1:
+            names = f"{paths[0].name} and {paths[1].name}"
+            raise ValueError(f"{data_dir}: {names} are not parts of the same data")
+    return found
+
 
 def read_shard(path: Path) -> np.ndarray:
     """Memory-map the tokens of a shard (uint16). Raises ValueError if it is damaged."""
@@ -96,10 +180,7 @@ def read_shard(path: Path) -> np.ndarray:
         if path.suffix == ".npy":
             tokens = np.lib.format.open_memmap(path, mode="r")  # never unpickles
         else:
-            header = np.fromfile(path, dtype="<i4", count=256)
-            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-                raise ValueError("not a version 1 llm.c shard")
-            tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(int(header[2]),))
+            tokens = read_bin(path)
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(f"{tokens.ndim}-dimensional {tokens.dtype}, not a row of uint16")
         if tokens.nbytes + tokens.offset != path.stat().st_size:
@@ -113,16 +194,35 @@ def read_shard(path: Path) -> np.ndarray:
     return tokens.view(np.ndarray)  # slices of a memmap object are several times slower
 
 
+def read_bin(path: Path) -> np.memmap:
+    """Memory-map the tokens of a .bin file of llm.c or nanoGPT. ValueError says what else it is."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    kind = tuple(int(number) for number in header[:2])
+    if kind == LLMC_TOKENS:
+        if len(header) < 256:
+            raise ValueError("its header is cut short")
+        return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(int(header[2]),))
+    if kind[:1] == LLMC_TOKENS[:1]:
+        raise ValueError("another version than 1 of llm.c's format: 7 has 32-bit ids of Llama 3")
+    if kind and 20240101 <= kind[0] <= 20241231:  # no raw tokens: the first id is above 50256
+        raise ValueError(LLMC_OTHERS.get(kind[0], f"a file of llm.c of kind {kind[0]}"))
+    if path.name not in RAW:
+        raise ValueError("no header of llm.c")
+    return np.memmap(path, dtype="<u2", mode="r")
+
+
 def open_shards(data_dir: Path, split: str, vocab_size: int = 50257) -> list[np.ndarray]:
     """Memory-map the shards of a split in sorted order, after checks that take little time.
 
     Raises FileNotFoundError or ValueError with the name of the file if a shard is missing or cut
     short, differs from the manifest, or holds ids outside the vocabulary. It looks for such ids in
-    16 places of each shard; `shard_fault` checks all tokens.
+    16 places of each shard; `shard_fault` checks all tokens. A file without a header is also
+    refused if its values look like 32-bit ids, or like those of a much smaller vocabulary.
     """
-    paths = sorted(p for p in data_dir.glob(f"*_{split}_*") if p.suffix in (".npy", ".bin"))
+    paths = token_files(data_dir)[split]
     if not paths:
-        raise FileNotFoundError(f"{data_dir}: no *_{split}_* shards")
+        others = f"and no *_{split}.bin or {split}.bin"
+        raise FileNotFoundError(f"{data_dir}: no *_{split}_* shards, {others}")
     shards = {path.name: read_shard(path) for path in paths}
     manifest = data_dir / MANIFEST
     if manifest.exists():
@@ -134,14 +234,24 @@ def open_shards(data_dir: Path, split: str, vocab_size: int = 50257) -> list[np.
             if f"_{split}_" in name and (name not in shards or len(shards[name]) != tokens):
                 found = len(shards[name]) if name in shards else "no"
                 raise ValueError(f"{data_dir / name}: {found} tokens, {tokens} in {MANIFEST}")
-    for name, shard in shards.items():
-        for start in range(0, len(shard), max(8192, len(shard) // 16)):
-            top = int(shard[start : start + 8192].max())
-            if top >= vocab_size:
-                raise ValueError(
-                    f"{data_dir / name}: token id {top}, but vocab_size is {vocab_size}"
-                )
+    for path, shard in zip(paths, shards.values(), strict=True):
+        if fault := ids_fault(shard, vocab_size, raw=path.stat().st_size == shard.nbytes):
+            raise ValueError(f"{path}: {fault}")
     return list(shards.values())
+
+
+def ids_fault(shard: np.ndarray, vocab_size: int, raw: bool) -> str | None:
+    """Return why a shard cannot hold ids of this vocabulary, or None. `raw`: it has no header."""
+    if raw and not shard[1:8192:2].any():
+        return "every second value is 0, as in a file of 32-bit ids"
+    starts = range(0, len(shard), max(8192, len(shard) // 16))
+    top = max((int(shard[start : start + 8192].max()) for start in starts), default=0)
+    if top >= vocab_size:
+        return f"token id {top}, but vocab_size is {vocab_size}"
+    # 200 tokens of English reach id 40,000 of GPT-2's 50,257. A file of characters ends at 64.
+    if raw and top < vocab_size // 8:
+        return f"the largest token id is {top}, too small for a vocab_size of {vocab_size}"
+    return None
 
 
 def fingerprint(data_dir: Path) -> str:
@@ -151,7 +261,7 @@ def fingerprint(data_dir: Path) -> str:
     manifest = data_dir / MANIFEST
     if manifest.exists():
         return hashlib.sha256(manifest.read_bytes()).hexdigest()
-    paths = sorted(p for p in data_dir.iterdir() if p.suffix in (".npy", ".bin"))
+    paths = sorted(path for paths in token_files(data_dir).values() for path in paths)
     listing = "".join(f"{path.name} {path.stat().st_size}\n" for path in paths)
     return hashlib.sha256(listing.encode()).hexdigest()
 
@@ -162,3 +272,48 @@ def data_source(data_dir: Path) -> str | None:
         return json.loads((data_dir / MANIFEST).read_bytes())["source"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+# -----------------------------------------------------------------------------
+# the validation split of a small source
+
+VAL_SHARE = 10  # a source of less than ten shards gives a tenth of its tokens for validation
+CUT = "cut"  # folder of new shards, and flag in the manifest, while a small source is cut again
+
+
+def cut_validation(folder: Path, manifest: dict[str, Any]) -> None:
+    """Cut the shards of a small source again, so that a tenth of its tokens is for validation.
+
+    How many tokens a source has is only known at its end. Until then its first shard is as long as
+    the others. The new shards are written to a folder of their own before they replace the old
+    ones. So a run that is killed at any moment has all old or all new shards.
+    """
+    old, shards, new = manifest["shards"], [], folder / CUT
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    tokens = [read_shard(folder / shard["name"]) for shard in old]
+    ends = [0, *np.cumsum([len(part) for part in tokens]).tolist()]
+    first, at = max(1, ends[-1] // VAL_SHARE), 0
+    train = pack_shards(tokens, manifest["shard_size"], skip=first)
+    for part in itertools.chain([next(pack_shards(tokens, first))], train):
+        name, at = shard_name(len(shards), manifest["format"]), at + len(part)
+        shard = {"name": name, "tokens": len(part), "sha256": write_shard(new / name, part)}
+        # where it ends in the source: the end of an old shard, and some tokens more
+        before = bisect.bisect_right(ends, at) - 1
+        known = {
+            k: old[before - 1][k] for k in ("end", "counts") if before and k in old[before - 1]
+        }
+        *place, skip = known.get("end", [0, 0, 0])
+        shards.append(shard | known | {"end": [*place, skip + at - ends[before]]})
+    del tokens, train, part  # Windows does not replace a file that is mapped
+    manifest |= {"shards": shards, CUT: True}
+    write_manifest(folder, manifest)
+    finish_cut(folder, manifest)
+
+
+def finish_cut(folder: Path, manifest: dict[str, Any]) -> None:
+    """Put the shards of `cut_validation` in place, if the manifest has them already."""
+    if manifest.pop(CUT, False):
+        for path in (folder / CUT).glob("*"):
+            replace(path, folder / path.name)
+    shutil.rmtree(folder / CUT, ignore_errors=True)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 EOT = 50256  # <|endoftext|>, the largest id; it comes before every document
+EOT_TEXT = "<|endoftext|>"  # how people and programs write it
 
 RANKS_PATH = Path(__file__).parent.parent / "assets" / "gpt2.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -35,7 +36,7 @@ def get_tokenizer() -> "tiktoken.Encoding":
         pat_str=r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++"""
         r"""| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
         mergeable_ranks=load_tiktoken_bpe(str(RANKS_PATH)),
-        special_tokens={"<|endoftext|>": EOT},
+        special_tokens={EOT_TEXT: EOT},
         explicit_n_vocab=50257,
     )
 
@@ -64,3 +65,32 @@ def encode(text: str) -> np.ndarray:
             tokens = np.array(tokenizer.encode_ordinary(part))
         parts.append(tokens.astype(np.uint16))
     return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+
+
+def encode_prompt(text: str) -> np.ndarray:
+    """Return the tokens of a prompt (uint16). A written <|endoftext|> is the token of that name."""
+    first, *others = (encode(part) for part in text.split(EOT_TEXT))
+    pieces = [piece for part in others for piece in (np.array([EOT], np.uint16), part)]
+    return np.concatenate([first, *pieces])
+
+
+# White space in UTF-8 that is not ASCII. A text may not be cut after it: see SAFE_CUT.
+WIDE_SPACE = (
+    rb"\xc2\x85", rb"\xc2\xa0", rb"\xe1\x9a\x80", rb"\xe2\x80[\x80-\x8a\xa8\xa9\xaf]",
+    rb"\xe2\x81\x9f", rb"\xe3\x80\x80",
+)  # fmt: skip
+TEXT_CUT = re.compile(
+    rb"(?<=[!-~\x80-\xbf])(?=[\t-\r ])(?<!<\|endoftext\|>)"
+    + b"".join(rb"(?<!%b)" % space for space in WIDE_SPACE)
+)
+
+
+def text_cut(text: bytes, start: int) -> int | None:
+    """Return the first place from `start` on where UTF-8 text can be cut; None if there is none.
+
+    The tokens of both parts together are those of the whole. A cut lies before white space and
+    after another character, so no part but the last ends in white space. It is never right after
+    a written <|endoftext|>.
+    """
+    cut = TEXT_CUT.search(text, start)
+    return cut.start() if cut else None

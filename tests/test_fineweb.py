@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import gzip
+import io
+import itertools
 import json
 import os
 import random
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +38,7 @@ from data_helpers import (
 )
 
 import fineweb
-from common import shards
+from common import corpus, shards
 from common.corpus import Source, find_files, source_units
 from common.files import locked
 from common.tokenizer import EOT, encode, get_tokenizer
@@ -49,28 +52,29 @@ from common.workers import worker_pool
 def test_shards_hold_tiktokens_output_in_document_order(shard_size):
     texts = make_texts(40, words=20)
     whole = expected_tokens(texts)
-    shards = list(fineweb.pack_shards(map(encode, texts), shard_size))
+    pieces = [np.array([EOT, *encode(text)], np.uint16) for text in texts if text.strip()]
+    shards = list(fineweb.pack_shards(pieces, shard_size))
     assert [len(shard) for shard in shards[:-1]] == [shard_size] * (len(shards) - 1)
     assert 0 < len(shards[-1]) <= shard_size
     assert all(shard.dtype == np.uint16 for shard in shards)
     assert np.array_equal(np.concatenate(shards), whole)
 
 
-def test_packing_takes_lists_and_skips_the_tokens_of_an_earlier_run():
-    documents = [[1, 2, 3], [], [4]]
+def test_packing_skips_the_tokens_of_an_earlier_run():
+    pieces = [np.array(piece, np.uint16) for piece in ([EOT, 1, 2, 3], [], [EOT], [EOT, 4])]
     whole = [EOT, 1, 2, 3, EOT, EOT, 4]
     for skip in range(len(whole)):
-        shards = [shard.tolist() for shard in fineweb.pack_shards(documents, 3, skip)]
+        shards = [shard.tolist() for shard in fineweb.pack_shards(pieces, 3, skip)]
         left = whole[skip:]
         assert shards == [left[i : i + 3] for i in range(0, len(left), 3)]
     assert list(fineweb.pack_shards([], 3)) == []
 
 
 def test_take_tokens_stops_at_exactly_the_count():
-    documents = [np.arange(5), np.arange(0), np.arange(3)]
-    for count in range(1, 12):
-        taken = list(fineweb.take_tokens(documents, count))
-        assert sum(1 + len(document) for document in taken) == min(count, 11)
+    pieces = [np.arange(5), np.arange(0), np.arange(3)]
+    for count in range(10):
+        taken = list(fineweb.take_tokens(pieces, count))
+        assert np.concatenate(taken).tolist() == [0, 1, 2, 3, 4, 0, 1, 2][:count]
 
 
 # -----------------------------------------------------------------------------
@@ -147,7 +151,7 @@ def test_bin_shards_have_llm_cs_format_and_max_tokens_cuts_exactly(jsonl, tmp_pa
         parts.append(np.fromfile(path, "<u2", offset=1024))
         assert header[:3].tolist() == [20240520, 1, len(parts[-1])]
         assert not header[3:].any()
-    assert [len(part) for part in parts] == [40000, 40000, 10001]
+    assert [len(part) for part in parts] == [9000, 40000, 40000, 1001]
     assert np.array_equal(np.concatenate(parts), read_shards(jsonl.parent / "shards")[:90001])
 
 
@@ -169,18 +173,89 @@ def test_a_source_that_ends_in_its_first_shard_is_cut_in_two(tmp_path, shard_siz
     assert np.array_equal(np.concatenate([val, train]), whole)
 
 
-def test_a_small_source_stopped_between_its_two_shards_gives_the_same_bytes(tmp_path, threads):
-    path = write_jsonl(tmp_path / "t.jsonl", make_texts(5))
-    config = fineweb.DataConfig(source=str(path), out_dir=tmp_path / "o")
+# -----------------------------------------------------------------------------
+# the validation split
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes"),
+    [
+        (2, [1, 1]),
+        (99, [9, 90]),
+        (100, [10, 90]),
+        (101, [10, 91]),
+        (118, [11, 100, 7]),
+        (350, [35, 100, 100, 100, 15]),
+        (999, [99, *[100] * 9]),
+        (1000, [100] * 10),
+        (1050, [100] * 10 + [50]),
+    ],
+)
+def test_validation_is_never_more_than_a_tenth_of_a_small_source(tmp_path, threads, tokens, sizes):
+    text = " a" * (tokens - 1)  # a token each, and <|endoftext|>
+    path = write_jsonl(tmp_path / "t.jsonl", [text or "", " a" * 2000])
+    fineweb.tokenize(config_for(path, shard_size=100, max_tokens=tokens))
+    found = [np.load(path) for path in shard_paths(tmp_path / "o")]
+    assert [len(shard) for shard in found] == sizes
+    assert np.array_equal(np.concatenate(found), expected_tokens([text, " a" * 2000])[:tokens])
+    assert "all whole" in capture_verify(tmp_path / "o")
+
+
+def config_for(path: Path, **settings: object) -> fineweb.DataConfig:
+    """Return the configuration for one file, with shards in o/ beside it."""
+    return fineweb.DataConfig(
+        source=(str(path),), out_dir=path.parent / "o", num_proc=2, **settings
+    )
+
+
+def capture_verify(folder: Path) -> str:
+    """Return what --verify prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        fineweb.verify(fineweb.DataConfig(out_dir=folder, verify=True))
+    return output.getvalue()
+
+
+def test_a_run_killed_while_it_cuts_a_small_source_again_gives_the_same_bytes(
+    tmp_path, threads, monkeypatch
+):
+    config = config_for(write_jsonl(tmp_path / "t.jsonl", make_texts(40)), shard_size=2000)
     fineweb.tokenize(config)
     whole = contents(config.folder)
-    manifest, _ = shards.read_manifest(config.folder)
-    del manifest["shards"][1:]
-    shard_paths(config.folder)[1].unlink()
-    (config.folder / "manifest.json").unlink()
-    shards.write_manifest(config.folder, manifest)
+    assert len(whole) > 3
+    replace, kills = os.replace, 0
+    while True:
+        shutil.rmtree(config.folder)
+        calls = itertools.count()
+
+        def replace_or_die(source: object, target: object) -> None:
+            if next(calls) == kills:  # noqa: B023 - the loop waits for it
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace_or_die)
+            try:
+                fineweb.tokenize(config)
+                break  # there were fewer files to rename
+            except KeyboardInterrupt:
+                kills += 1
+        fineweb.tokenize(config)
+        assert contents(config.folder) == whole, f"killed before rename {kills}"
+    assert kills > 3 * (len(whole) - 1)  # a shard is renamed three times, a manifest follows it
+
+
+def test_a_damaged_shard_of_a_small_source_is_made_again(tmp_path, threads):
+    config = config_for(write_jsonl(tmp_path / "t.jsonl", make_texts(40)), shard_size=2000)
     fineweb.tokenize(config)
-    assert contents(config.folder) == whole
+    whole = contents(config.folder)
+    for path in shard_paths(config.folder):
+        path.unlink()
+        fineweb.tokenize(config)
+        assert contents(config.folder) == whole
+
+
+# -----------------------------------------------------------------------------
+# a finished folder, and kills
 
 
 def test_a_finished_folder_is_left_alone_and_other_settings_are_named(jsonl):
@@ -253,11 +328,11 @@ def test_workers_end_when_the_command_is_killed(jsonl, tmp_path):
 
 def test_workers_import_no_torch(tmp_path):
     (tmp_path / "t.txt").write_text("some text")
-    source = find_files(str(tmp_path / "t.txt"))
+    source = find_files((str(tmp_path / "t.txt"),))
     with worker_pool(1) as pool:
         (unit,) = source_units(source, 0, 0)
-        tokens, _ = pool.submit(fineweb.tokenize_unit, source, unit).result()
-        assert tokens.tolist() == encode("some text").tolist()
+        tokens = pool.submit(fineweb.tokenize_unit, source, unit).result().tokens
+        assert tokens.tolist() == [EOT, *encode("some text")]
         loaded = pool.submit(eval, "sorted(__import__('sys').modules)").result()
     assert "fineweb" in loaded
     assert "torch" not in loaded
@@ -344,7 +419,7 @@ def drop_root_rights() -> None:
 
 def test_a_disk_that_is_too_small_is_refused_before_work(jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    config = fineweb.DataConfig(source=str(jsonl), out_dir=tmp_path / "o")
+    config = fineweb.DataConfig(source=(str(jsonl),), out_dir=tmp_path / "o")
     with pytest.raises(OSError, match="too small"):
         fineweb.tokenize(config)
     assert not (tmp_path / "o").exists()
@@ -419,7 +494,7 @@ BAD_INPUT = {
         parquet_bytes(["x"]).replace(b"text", b"body"),
         "--text_column is one of id, body",
     ),
-    "table.csv": (b"text\nx\n", "convert it"),
+    "table.xlsx": (b"PK", "convert it"),
 }
 
 
@@ -444,22 +519,152 @@ def test_bad_arguments_give_one_line(tmp_path):
     assert "no such file" in run_badly(
         "--source", tmp_path / "none.jsonl", "--out_dir", tmp_path / "o"
     )
-    assert "is a folder" in run_badly("--source", tmp_path, "--out_dir", tmp_path / "o")
+    assert "--source" in run_badly("--source", tmp_path, "--out_dir", tmp_path / "o")
     assert "--shard_size is 0" in run_badly("--shard_size", 0)
     assert "--help" in run_badly("--sauce", "pydocs")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_null_text_is_left_out_and_counted(tmp_path):
-    (tmp_path / "t.parquet").write_bytes(parquet_bytes(["one", None, "two", ""]))
-    output = run("--source", tmp_path / "t.parquet", "--out_dir", tmp_path / "o").stdout
-    assert "1 rows or files without text" in output
-    assert np.array_equal(read_shards(tmp_path / "o"), expected_tokens(["one", "two", ""]))
+def test_rows_without_text_are_left_out_and_counted(tmp_path, threads, capsys):
+    texts = ["one", None, "", "two", " \n\t", "three\n", ""]
+    (tmp_path / "t.parquet").write_bytes(parquet_bytes(texts))
+    fineweb.tokenize(config_for(tmp_path / "t.parquet"))
+    assert "4 rows or files without text were left out" in capsys.readouterr().out
+    assert np.array_equal(read_shards(tmp_path / "o"), expected_tokens(["one", "two", "three\n"]))
+
+
+# -----------------------------------------------------------------------------
+# a written <|endoftext|>
+
+STORIES = "Once.\n<|endoftext|>\nTwice.<|endoftext|>Thrice. \r\n<|endoftext|>\r\n"
+
+
+def test_a_written_endoftext_separates_the_documents_of_a_text_file(tmp_path, threads, capsys):
+    (tmp_path / "t.txt").write_text(STORIES, newline="")
+    fineweb.tokenize(config_for(tmp_path / "t.txt"))
+    assert "3 written <|endoftext|> separate documents" in capsys.readouterr().out
+    assert np.array_equal(
+        read_shards(tmp_path / "o"), expected_tokens(["Once.", "Twice.", "Thrice. "])
+    )
+
+
+def test_a_written_endoftext_inside_a_row_is_ordinary_text_with_a_warning(
+    tmp_path, threads, capsys
+):
+    path = write_jsonl(tmp_path / "t.jsonl", [STORIES, "x"])
+    fineweb.tokenize(config_for(path))
+    output = capsys.readouterr().out
+    assert output.count("warning") == 1 and "3 written <|endoftext|> stay ordinary" in output
+    assert np.array_equal(read_shards(tmp_path / "o"), expected_tokens([STORIES, "x"]))
+
+
+def test_split_eot_overrides_what_the_kind_of_file_says(tmp_path, threads):
+    (tmp_path / "t.txt").write_text(STORIES, newline="")
+    path = write_jsonl(tmp_path / "t.jsonl", [STORIES, "x"])
+    fineweb.tokenize(config_for(tmp_path / "t.txt", split_eot="off"))
+    assert np.array_equal(read_shards(tmp_path / "o"), expected_tokens([STORIES]))
+    shutil.rmtree(tmp_path / "o")
+    fineweb.tokenize(config_for(path, split_eot="on"))
+    texts = ["Once.", "Twice.", "Thrice. ", "x"]
+    assert np.array_equal(read_shards(tmp_path / "o"), expected_tokens(texts))
+    with pytest.raises(ValueError, match="split_eot on, not auto"):
+        fineweb.tokenize(config_for(path))
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "utf-16.txt"])
+def test_a_large_text_file_is_cut_between_workers_without_changing_a_token(
+    tmp_path, threads, monkeypatch, kind
+):
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 300)
+    rng, words = random.Random(1), [*WORDS[:200], "\n\n", "東京。\u3000", "<|endoftext|>", "é\xa0"]
+    stories = " ".join(rng.choices(words, k=3000))
+    data = stories.encode("utf-16" if kind.startswith("utf-16") else "utf-8")
+    (tmp_path / f"t.{kind}").write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+    config = config_for(tmp_path / f"t.{kind}", shard_size=1000)
+    source = find_files(config.source)
+    assert len(list(source_units(source, 0, 0))) > 20
+    fineweb.tokenize(config)
+    pieces = [fineweb.SEPARATOR.sub("", text) for text in fineweb.SEPARATOR.split(stories)]
+    expected = expected_tokens([text for text in pieces if text.strip()])
+    assert np.array_equal(read_shards(config.folder), expected)
+
+
+# -----------------------------------------------------------------------------
+# lines that cannot be read
+
+
+def test_skipped_lines_are_counted_named_and_recorded(tmp_path, threads, capsys):
+    lines = [json.dumps({"text": f"text {i}"}) + "\n" for i in range(30)]
+    lines[3::2] = [line[:9] + "\n" for line in lines[3::2]]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(lines))
+    with pytest.raises(ValueError, match="--on_error skip"):
+        fineweb.tokenize(config_for(path))
+    fineweb.tokenize(config_for(path, on_error="skip"))
+    output = capsys.readouterr().out
+    assert output.count("skipped: ") == fineweb.FAULTS_NAMED
+    assert f"{path} line at byte {len(''.join(lines[:3]))} " in output
+    assert "14 lines or files that cannot be read were left out" in output
+    manifest, _ = shards.read_manifest(tmp_path / "o")
+    assert manifest["counts"] == {"skipped": 14}
+    good = [f"text {i}" for i in range(30) if i < 3 or i % 2 == 0]
+    assert np.array_equal(read_shards(tmp_path / "o"), expected_tokens(good))
+
+
+def test_a_stopped_run_goes_on_with_skip_and_a_restart_gives_the_same_bytes(
+    tmp_path, threads, monkeypatch
+):
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 2000)
+    texts = make_texts(120, words=20)
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
+    for i in (50, 51, 90, 100):
+        lines[i] = b"\xff\xfe not JSON\n"
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b"".join(lines))
+    config = config_for(path, shard_size=200)
+    skipping = replace(config, on_error="skip")
+    fineweb.tokenize(skipping)
+    whole = contents(config.folder)
+    assert json.loads(whole["manifest.json"])["counts"]["skipped"] == 4
+    shutil.rmtree(config.folder)
+    with pytest.raises(ValueError, match="--on_error skip"):
+        fineweb.tokenize(config)
+    assert 2 < len(shard_paths(config.folder)) < len(whole) - 1
+    fineweb.tokenize(skipping)
+    assert contents(config.folder) == whole
+    # killed after any shard: the counts are those of an uninterrupted run
+    manifest = json.loads(whole["manifest.json"])
+    for kept in range(len(manifest["shards"]) + 1):
+        partial = {k: v for k, v in manifest.items() if k != "counts"}
+        partial["shards"] = manifest["shards"][:kept]
+        (config.folder / "manifest.json").unlink()
+        shards.write_manifest(config.folder, partial)
+        fineweb.tokenize(skipping)
+        assert contents(config.folder) == whole
+
+
+# -----------------------------------------------------------------------------
+# what --source takes
+
+
+def test_several_files_without_quotes_are_one_source(tmp_path):
+    for name in "ba":
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "x.jsonl", [f"text of {name}"])
+    paths = [tmp_path / name / "x.jsonl" for name in "ba"]
+    run("--source", *paths, "--out_dir", tmp_path / "o")
+    assert np.array_equal(read_shards(tmp_path / "o"), expected_tokens(["text of a", "text of b"]))
+    manifest, _ = shards.read_manifest(tmp_path / "o")
+    assert [name for name, _ in manifest["files"]] == ["a/x.jsonl", "b/x.jsonl"]
+
+
+# -----------------------------------------------------------------------------
+# large documents
 
 
 @pytest.mark.parametrize("size", [5_000_000, pytest.param(50_000_000, marks=pytest.mark.slow)])
 def test_a_document_of_50_megabytes_is_tokenised(tmp_path, size):
-    block = " ".join(["", *WORDS[:20000]])
+    block = " ".join(["", *WORDS]).replace("<|endoftext|>", "")
     times = size // len(block) + 1
     (tmp_path / "big.txt").write_text(block * times)
     run("--source", tmp_path / "big.txt", "--out_dir", tmp_path / "o", "--num_proc", 1)

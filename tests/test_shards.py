@@ -133,7 +133,7 @@ def test_open_shards_names_the_file_without_advice(shard):
     assert [tokens.tolist() for tokens in open_shards(folder, "train")] == [TOKENS.tolist()]
     with pytest.raises(FileNotFoundError) as error:
         open_shards(folder, "val")
-    assert message(error) == f"{folder}: no *_val_* shards"
+    assert message(error) == f"{folder}: no *_val_* shards, and no *_val.bin or val.bin"
     with pytest.raises(ValueError, match="token id") as error:
         open_shards(folder, "train", vocab_size=EOT)
     assert message(error) == f"{path}: token id 50256, but vocab_size is 50256"
@@ -149,6 +149,127 @@ def test_open_shards_names_the_file_without_advice(shard):
     with pytest.raises(ValueError, match="damaged") as error:
         open_shards(folder, "train")
     assert message(error) == f"{folder / 'manifest.json'}: damaged"
+
+
+# -----------------------------------------------------------------------------
+# token files of relatives
+
+GPT2_IDS = np.random.default_rng(0).integers(0, EOT + 1, 5000).astype("<u2")
+CHARACTERS = np.random.default_rng(0).integers(0, 65, 5000).astype("<u2")
+
+
+def fill(folder: Path, *names: str, ids: np.ndarray = GPT2_IDS) -> Path:
+    """Write token files: train.bin and val.bin as nanoGPT does, the others with their header."""
+    for name in names:
+        if name in ("train.bin", "val.bin"):
+            ids.tofile(folder / name)
+        else:
+            write_shard(folder / name, ids)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        (["train.bin"], ["val.bin"]),
+        (["tiny_shakespeare_train.bin"], ["tiny_shakespeare_val.bin"]),
+        (["TinyStories_train.bin"], ["TinyStories_val.bin"]),
+        (["fineweb_train_000001.bin", "fineweb_train_000002.bin"], ["fineweb_val_000000.bin"]),
+        (["edu_fineweb_train_000001.bin"], ["edu_fineweb_val_000000.bin"]),
+        (["train_000001.npy", "train_000002.bin"], ["val_000000.npy"]),
+        (["fineweb_train_000001.bin"], ["fineweb_val.bin"]),
+        (["[a] b_train_1.npy"], ["[a] b_val_0.npy"]),
+    ],
+)
+def test_the_token_files_of_relatives_are_read_and_no_others(tmp_path, train, val):
+    fill(tmp_path, *train, *val)
+    only = fingerprint(tmp_path)
+    for name in ("constraint.npy", "train_log.npy", "my_train.npy", "._a_train_1.npy", "train.txt"):
+        (tmp_path / name).write_bytes(b"no tokens")
+    for split, names in (("train", train), ("val", val)):
+        shards = open_shards(tmp_path, split)
+        assert [shard.tolist() for shard in shards] == [GPT2_IDS.tolist()] * len(names)
+    assert fingerprint(tmp_path) == only
+    fill(tmp_path, train[0], ids=GPT2_IDS[:-1])
+    assert fingerprint(tmp_path) != only
+
+
+@pytest.mark.parametrize(
+    ("names", "two"),
+    [
+        (["a_train.bin", "b_train.bin"], "a_train.bin and b_train.bin"),
+        (["a_train.bin", "b_val.bin"], "a_train.bin and b_val.bin"),
+        (["a_train_1.npy", "train.bin"], "a_train_1.npy and train.bin"),
+        (["a_train.bin", "a_train_1.npy"], "a_train.bin and a_train_1.npy"),
+        (["hellaswag_val.bin", "x_val_0.npy"], "hellaswag_val.bin and x_val_0.npy"),
+    ],
+)
+def test_files_that_may_be_of_different_data_are_refused(tmp_path, names, two):
+    fill(tmp_path, *names)
+    for look in (fingerprint, lambda folder: open_shards(folder, "train")):
+        with pytest.raises(ValueError, match="not parts") as error:
+            look(tmp_path)
+        assert message(error) == f"{tmp_path}: {two} are not parts of the same data"
+
+
+@pytest.mark.parametrize("name", ["train.bin", "a_train.bin", "a_train_1.bin"])
+@pytest.mark.parametrize(
+    ("kind", "version", "what"),
+    [
+        (20240522, 1, "questions of HellaSwag or MMLU, of llm.c"),
+        (20240801, 7, "32-bit tokens of Llama 3, of llm.c"),
+        (20240520, 7, "another version than 1 of llm.c's format: 7 has 32-bit ids of Llama 3"),
+        (20240326, 3, "a model of llm.c"),
+        (20240803, 5, "a file of llm.c of kind 20240803"),
+    ],
+)
+def test_a_file_of_llm_c_that_holds_no_tokens_says_what_it_is(tmp_path, name, kind, version, what):
+    header = np.array([kind, version, 5000, *[0] * 253], "<i4")
+    (tmp_path / name).write_bytes(header.tobytes() + GPT2_IDS.tobytes())
+    with pytest.raises(ValueError, match="not a whole") as error:
+        open_shards(tmp_path, "train")
+    assert message(error) == f"{tmp_path / name}: not a whole token shard ({what})"
+
+
+def test_a_shard_whose_header_is_lost_is_not_taken_for_raw_tokens(tmp_path):
+    for name in ("train.bin", "a_train.bin"):
+        (tmp_path / name).write_bytes(shard_header(5000, "bin")[:1000])
+        with pytest.raises(ValueError, match="header is cut short"):
+            read_shard(tmp_path / name)
+    for name in ("a_train_1.bin", "a_train.bin"):
+        GPT2_IDS.tofile(tmp_path / name)
+        with pytest.raises(ValueError, match=r"no header of llm\.c"):
+            read_shard(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("data", "vocab_size", "fault"),
+    [
+        (CHARACTERS, 65, None),
+        (CHARACTERS, 128, None),
+        (GPT2_IDS, 50257, None),
+        (GPT2_IDS, 50304, None),
+        (CHARACTERS, 50257, "the largest token id is 64, too small for a vocab_size of 50257"),
+        (CHARACTERS, 64, "token id 64, but vocab_size is 64"),
+        (np.array([EOT + 1, 5], "<u2"), 50257, "token id 50257, but vocab_size is 50257"),
+        (GPT2_IDS.astype("<u4"), 50257, "every second value is 0, as in a file of 32-bit ids"),
+        (GPT2_IDS.astype("<i8"), 50257, "every second value is 0, as in a file of 32-bit ids"),
+        (np.zeros(5000, "<u2"), 50257, "every second value is 0, as in a file of 32-bit ids"),
+        (np.zeros(5001, "u1"), 50257, "not a whole token shard (Size of available data"),
+        (np.zeros(0, "<u2"), 50257, "not a whole token shard (cannot mmap an empty file"),
+    ],
+)
+def test_a_file_without_a_header_is_read_only_if_its_ids_can_be_tokens(
+    tmp_path, data, vocab_size, fault
+):
+    data.tofile(tmp_path / "train.bin")
+    if fault is None:
+        (tokens,) = open_shards(tmp_path, "train", vocab_size)
+        assert tokens.tolist() == data.tolist()
+    else:
+        with pytest.raises(ValueError) as error:
+            open_shards(tmp_path, "train", vocab_size)
+        assert message(error).startswith(f"{tmp_path / 'train.bin'}: {fault}")
 
 
 # -----------------------------------------------------------------------------

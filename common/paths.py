@@ -1,0 +1,71 @@
+"""The files that paths, folders and globs on a command line stand for, and names for them."""
+
+import glob
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from common.formats import ENDING, READABLE, file_kind
+
+
+def expand_path(given: str) -> list[str]:
+    """Return the files that a path, a folder or a glob stands for."""
+    path = os.path.expanduser(given)
+    found = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
+    if not found:
+        raise FileNotFoundError(f"{given}: no such file: check --source")
+    files = [each for each in found if not os.path.isdir(each)]
+    if files and "**" in path:  # the files in the folders are found too
+        return files
+    folders = [each for each in found if os.path.isdir(each)]
+    return files + [file for folder in folders for file in files_below(folder)]
+
+
+def files_below(folder: str) -> list[str]:
+    """Return the files of text in a folder and below it. They must have one format."""
+    found = {}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if any(name.startswith("edufineweb_") for name in names):
+            names = []  # token shards, with a manifest that is no text
+        folders[:] = [name for name in folders if name[0] != "." and not is_circle(root, name)]
+        for name in names:
+            if name[0] != "." and (ending := ENDING.search(name)):
+                found[os.path.join(root, name)] = ending[0]
+    if not found:
+        raise ValueError(f"{folder} holds no file of text: check --source, or {READABLE}")
+    if len({file_kind(path)[0] for path in found}) > 1:
+        endings = sorted(set(found.values()))
+        what = f"{folder} holds files of several formats ({', '.join(endings)})"
+        pattern = os.path.join(folder, "**", f"*{endings[0]}")
+        raise ValueError(f"{what}: name one of them, as in '{pattern}'")
+    return list(found)
+
+
+def is_circle(root: str, name: str) -> bool:
+    """Tell whether a folder is a link to one of the folders above it."""
+    inside = os.path.realpath(os.path.join(root, name))
+    return os.path.commonpath([inside, os.path.realpath(root)]) == inside
+
+
+def local_names(paths: Sequence[str]) -> list[str]:
+    """Return the paths relative to the folder that holds all of them, with /."""
+    full = [os.path.abspath(path) for path in paths]
+    folder = os.path.commonpath([os.path.dirname(path) for path in full])
+    return [os.path.relpath(path, folder).replace(os.sep, "/") for path in full]
+
+
+def source_folder(paths: Iterable[str]) -> str:
+    """Return a name for the shards of local files.
+
+    corpus/books.jsonl.gz: books; corpus, corpus/*.txt, corpus/**/*.txt, several files in corpus:
+    corpus.
+    """
+    paths = [Path(path).expanduser().absolute() for path in paths]
+    if len(paths) == 1 and (paths[0].exists() or not glob.has_magic(str(paths[0]))):
+        return paths[0].name if paths[0].is_dir() else paths[0].name.split(".")[0]
+    fixed = [
+        itertools.takewhile(lambda part: not glob.has_magic(part), path.parent.parts)
+        for path in paths
+    ]
+    return Path(os.path.commonpath([Path(*parts) for parts in fixed])).name or "files"
