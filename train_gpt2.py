@@ -583,6 +583,7 @@ def set_up_machine(config: TrainConfig, alone: bool = False) -> Iterator[Machine
         # Products that stay in float32 may use TF32 on a GPU: 11 bits of precision instead of 24,
         # for several times the speed. Most CPUs ignore this.
         torch.set_float32_matmul_precision("high")
+        hardware.limit_threads()
         with hardware.device_errors(device), ranks.process_group(device.type):
             yield Machine(device, hardware.choose_dtype(config.dtype, device), rank, world_size)
 
@@ -704,8 +705,7 @@ def initial_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
         return GPT(config.model_config())
     model = load_model(config.init_from)
     sizes, weights = plain(model.config) | {"dropout": config.dropout}, model.state_dict()
-    if (T := config.block_size) and T < sizes["block_size"]:  # positions beyond are never read
-        sizes, weights = checkpoint.crop_positions(sizes, weights, T)
+    sizes, weights = checkpoint.crop_positions(sizes, weights, config.block_size)
     for name in MODEL_FIELDS:
         if (asked := getattr(config, name)) not in (None, has := sizes[name]):
             raise ValueError(f"{name} {asked}: {config.init_from} has {has}: leave it out")

@@ -187,16 +187,15 @@ def check_shapes(weights: dict[str, torch.Tensor], shapes: dict[str, tuple[int, 
 
 
 def crop_positions(
-    model_config: dict[str, Any], weights: dict[str, torch.Tensor], block_size: int
+    model_config: dict[str, Any], weights: dict[str, torch.Tensor], block_size: int | None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return the configuration and weights of a model that reads only `block_size` tokens.
 
-    The first positions compute what they did before. Raises ValueError if the model has fewer.
+    The first positions compute what they did before. Nothing changes if the model has no more.
     """
     name = "transformer.wpe.weight"
-    rows = len(weights[name])
-    if block_size > rows:
-        raise ValueError(f"block_size {block_size}: the model has {rows} positions")
+    if block_size is None or block_size >= len(weights[name]):
+        return model_config, weights
     wpe = weights[name][:block_size].clone()  # a view would be saved with all its rows
     return {**model_config, "block_size": block_size}, {**weights, name: wpe}
 

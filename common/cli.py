@@ -48,6 +48,10 @@ def run_command(
         fail_with(script, message.rstrip(".") + f": see python {script} --help")
     except (ValueError, OSError) as error:
         fail_with(script, str(error))
+    for name, value in vars(config).items():  # a list: tyro would keep only the last one
+        flags = (f"--{name}", f"--{name.replace('_', '-')}")
+        if isinstance(value, tuple) and sum(a.split("=")[0] in flags for a in sys.argv) > 1:
+            fail_with(script, f"{flags[0]} is given twice: give all its values after one")
     try:
         run(config)
     except (ValueError, OSError) as error:

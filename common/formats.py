@@ -98,7 +98,9 @@ def open_text(raw: BinaryIO, compression: str | None) -> BinaryIO:
 
 
 def is_utf16(head: bytes) -> bool:
-    """Tell whether a file has the byte-order mark of UTF-16. Raises BadText for UTF-32."""
+    """Tell whether a file has the byte-order mark of UTF-16. Raises BadText for other bytes."""
+    if head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+        raise BadText("is compressed: let its name end in .gz (gzip) or .zst (zstd)")
     wide = head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE))
     marked = not wide and head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if not marked and b"\0" in head[:4]:  # no format of text begins with a zero
@@ -251,7 +253,8 @@ def csv_texts(stream: BinaryIO, column: str, delimiters: str) -> Iterator[str | 
     """
     csv.field_size_limit((1 << 31) - 1)
     lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-    first = next(lines, "")
+    if not (first := next(lines, "")):
+        return  # an empty part of a table
     headers = {d: next(csv.reader([first], delimiter=d), []) for d in delimiters}
     headers = {d: [name.strip() for name in header] for d, header in headers.items()}
     delimiter = next((d for d in delimiters if column in headers[d]), delimiters[0])

@@ -58,7 +58,7 @@ def find_on_hub(name: str) -> Find:
     hub has no such model or cannot be reached.
     """
     import httpx2
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 
     repo = f"openai-community/{name}" if name in OPENAI else name
 
@@ -66,9 +66,15 @@ def find_on_hub(name: str) -> Find:
         large = file.endswith(".bin")  # only whether it exists: it is not read
         try:
             found = hf_hub_download(repo, file, dry_run=large)
-        except errors.EntryNotFoundError:
+        except errors.RemoteEntryNotFoundError:
             return None
         except (httpx2.HTTPError, OSError) as error:
+            # No answer is not "no such file": it may be the tokenizer that tells another model.
+            # Offline, or if the hub has said so before (the cache knows it), there is none.
+            if isinstance(error, errors.LocalEntryNotFoundError) and (
+                constants.HF_HUB_OFFLINE or try_to_load_from_cache(repo, file) is not None
+            ):
+                return None
             what = f"{name}: {file} could not be downloaded ({first_line(error)})"
             raise OSError(f"{what}: try again later") from None
         return Path(file if large else found)
@@ -168,6 +174,18 @@ def read_config(path: Path) -> dict[str, int]:
     return sizes
 
 
+def other_end(path: Path) -> str | None:
+    """Return the end token that a config.json names, if in GPT-2's vocabulary it is another token.
+
+    It tells another tokenizer where that has no files. Ids from 50257 on are tokens that somebody
+    has added to GPT-2's. A smaller vocabulary is never taken for GPT-2's.
+    """
+    given = json.loads(path.read_bytes())
+    end = given.get("eos_token_id")
+    small = given.get("vocab_size", EOT + 1) <= EOT
+    return f"eos_token_id {end}" if type(end) is int and end < EOT and not small else None
+
+
 def read_huggingface(name_or_path: str | Path) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     """Return sizes and weights (float32) of a model in Hugging Face format.
 
@@ -188,7 +206,7 @@ def read_huggingface(name_or_path: str | Path) -> tuple[dict[str, int], dict[str
         raise FileNotFoundError(f"{path} has no {CONFIG}: {OTHERWISE}")
     sizes = read_config(config)
     # Another tokenizer gives every id another meaning. This comes before a long download.
-    if other := find_other_tokenizer(find):
+    if other := find_other_tokenizer(find, other_end(config)):
         what = f"{source} has another tokenizer than GPT-2's ({other})"
         raise ValueError(f"{what}: give a model with GPT-2's")
     weights = {}

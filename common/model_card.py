@@ -54,11 +54,13 @@ def model_card(model_config: dict[str, Any], facts: dict[str, Any]) -> str:
 def how_to_load(model_config: dict[str, Any]) -> list[str]:
     """Return lines of Python that load the model."""
     if model_config["vocab_size"] > EOT:
+        length = min(100, model_config["block_size"] // 2)  # 256, the default, may not fit
         return [
             "from transformers import pipeline",
             "",
             'generate = pipeline("text-generation", "FOLDER")  # or its name on the hub',
-            'print(generate("Hello, I am")[0]["generated_text"])',
+            f'texts = generate("Hello, I am", max_new_tokens={length})',
+            'print(texts[0]["generated_text"])',
         ]
     return [  # the vocabulary is not GPT-2's, so the folder has no tokenizer
         "from transformers import AutoModelForCausalLM",

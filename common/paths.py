@@ -14,7 +14,8 @@ def expand_path(given: str) -> list[str]:
     path = os.path.expanduser(given)
     found = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
     if not found:
-        raise FileNotFoundError(f"{given}: no such file: check --source")
+        hint = "check --source (a data set on the hub is --dataset)"
+        raise FileNotFoundError(f"{given}: no such file: {hint}")
     files = [each for each in found if not os.path.isdir(each)]
     if files and "**" in path:  # the files in the folders are found too
         return files
@@ -25,7 +26,11 @@ def expand_path(given: str) -> list[str]:
 def files_below(folder: str) -> list[str]:
     """Return the files of text in a folder and below it. They must have one format."""
     found = {}
-    for root, folders, names in os.walk(folder, followlinks=True):
+
+    def stop(error: OSError) -> None:  # else os.walk leaves the folder out
+        raise OSError(f"{error.filename} cannot be read ({error.strerror})")
+
+    for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         if any(name.startswith("edufineweb_") for name in names):
             names = []  # token shards, with a manifest that is no text
         folders[:] = [name for name in folders if name[0] != "." and not is_circle(root, name)]
@@ -35,7 +40,7 @@ def files_below(folder: str) -> list[str]:
     if not found:
         raise ValueError(f"{folder} holds no file of text: check --source, or {READABLE}")
     if len({file_kind(path)[0] for path in found}) > 1:
-        endings = sorted(set(found.values()))
+        endings = sorted(set(found.values()), key=lambda end: (end == ".md", end))  # README.md
         what = f"{folder} holds files of several formats ({', '.join(endings)})"
         pattern = os.path.join(folder, "**", f"*{endings[0]}")
         raise ValueError(f"{what}: name one of them, as in '{pattern}'")
@@ -61,9 +66,10 @@ def source_folder(paths: Iterable[str]) -> str:
     corpus/books.jsonl.gz: books; corpus, corpus/*.txt, corpus/**/*.txt, several files in corpus:
     corpus.
     """
-    paths = [Path(path).expanduser().absolute() for path in paths]
+    paths = [Path(os.path.abspath(os.path.expanduser(path))) for path in paths]
     if len(paths) == 1 and (paths[0].exists() or not glob.has_magic(str(paths[0]))):
-        return paths[0].name if paths[0].is_dir() else paths[0].name.split(".")[0]
+        name = paths[0].name if paths[0].is_dir() else paths[0].name.split(".")[0]
+        return name or "files"
     fixed = [
         itertools.takewhile(lambda part: not glob.has_magic(part), path.parent.parts)
         for path in paths

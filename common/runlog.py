@@ -378,8 +378,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """Send a run's numbers to Weights & Biases.
 
-    `run_id` is the id of the run to continue; None starts a new one. The project and the name are
-    those of WANDB_PROJECT and WANDB_NAME, else `gpt2` and the name of the run's folder. wandb
+    `run_id` is the id of the run to continue; None starts a new one. Project, name and folder
+    are those of WANDB_PROJECT, WANDB_NAME and WANDB_DIR, else `gpt2` and those of the run. wandb
     itself reads WANDB_ENTITY and its other variables. Raises ValueError if wandb refuses, for
     example because nobody is logged in.
     """
@@ -391,7 +391,8 @@ class WeightsAndBiases:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or "gpt2",  # an argument beats a variable
                 name=os.environ.get("WANDB_NAME") or out_dir.resolve().name,
-                dir=out_dir, id=run_id, resume="allow" if run_id else None,
+                dir=os.environ.get("WANDB_DIR") or out_dir,
+                id=run_id, resume="allow" if run_id else None,
             )  # fmt: skip
         except wandb.errors.Error as error:
             what = str(error).splitlines()[0]

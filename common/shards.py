@@ -291,11 +291,15 @@ def cut_validation(folder: Path, manifest: dict[str, Any]) -> None:
     old, shards, new = manifest["shards"], [], folder / CUT
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    tokens = [read_shard(folder / shard["name"]) for shard in old]
-    ends = [0, *np.cumsum([len(part) for part in tokens]).tolist()]
+    ends = list(itertools.accumulate((shard["tokens"] for shard in old), initial=0))
     first, at = max(1, ends[-1] // VAL_SHARE), 0
-    train = pack_shards(tokens, manifest["shard_size"], skip=first)
-    for part in itertools.chain([next(pack_shards(tokens, first))], train):
+
+    def tokens() -> Iterator[np.ndarray]:  # one file is mapped at a time
+        return (read_shard(folder / shard["name"]) for shard in old)
+
+    val = itertools.islice(pack_shards(tokens(), first), 1)
+    train = pack_shards(tokens(), manifest["shard_size"], skip=first)
+    for part in itertools.chain(val, train):
         name, at = shard_name(len(shards), manifest["format"]), at + len(part)
         shard = {"name": name, "tokens": len(part), "sha256": write_shard(new / name, part)}
         # where it ends in the source: the end of an old shard, and some tokens more
@@ -305,7 +309,7 @@ def cut_validation(folder: Path, manifest: dict[str, Any]) -> None:
         }
         *place, skip = known.get("end", [0, 0, 0])
         shards.append(shard | known | {"end": [*place, skip + at - ends[before]]})
-    del tokens, train, part  # Windows does not replace a file that is mapped
+    del val, train, part  # Windows does not replace a file that is mapped
     manifest |= {"shards": shards, CUT: True}
     write_manifest(folder, manifest)
     finish_cut(folder, manifest)
@@ -314,6 +318,6 @@ def cut_validation(folder: Path, manifest: dict[str, Any]) -> None:
 def finish_cut(folder: Path, manifest: dict[str, Any]) -> None:
     """Put the shards of `cut_validation` in place, if the manifest has them already."""
     if manifest.pop(CUT, False):
-        for path in (folder / CUT).glob("*"):
+        for path in (folder / CUT).glob("edufineweb_*"):
             replace(path, folder / path.name)
     shutil.rmtree(folder / CUT, ignore_errors=True)

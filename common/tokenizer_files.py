@@ -89,17 +89,19 @@ WITH_VOCABULARY = ("tokenizer.json", "vocab.json")
 NEVER_GPT2 = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
-def find_other_tokenizer(find: Callable[[str], Path | None]) -> str | None:
+def find_other_tokenizer(
+    find: Callable[[str], Path | None], without_files: str | None = None
+) -> str | None:
     """Return the file with a tokenizer that is not GPT-2's, None if there is no such file.
 
-    `find` gives the path of a model's file. Without files, the tokenizer is taken to be GPT-2's.
-    Raises ValueError if a file is damaged.
+    `find` gives the path of a model's file. `without_files` is the answer if it finds none. Raises
+    ValueError if a file is damaged.
     """
     paths = {name: path for name in WITH_VOCABULARY if (path := find(name))}
     for name, path in paths.items():
         if not has_gpt2_tokens(path):
             return name
-    return None if paths else next((name for name in NEVER_GPT2 if find(name)), None)
+    return None if paths else next((name for name in NEVER_GPT2 if find(name)), without_files)
 
 
 def has_gpt2_tokens(path: Path) -> bool:

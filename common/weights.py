@@ -1,8 +1,8 @@
 """A model's weights by name: a checkpoint, a run, a folder in Hugging Face format, the hub."""
 
-import glob
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,29 @@ def newest_model(folder: Path) -> Path | None:
     newest checkpoint of nanoGPT or build-nanogpt. None: there is no model.
     """
 
-    def below(pattern: str) -> list[Path]:  # follows links: a run may lie on another disk
-        found = glob.glob(f"**/{pattern}", root_dir=folder, recursive=True)
-        return [folder / name for name in found if (folder / name).is_file()]
+    files = [*files_below(folder)]
+
+    def below(pattern: str) -> list[Path]:
+        return [path for path in files if path.match(pattern) and path.is_file()]
 
     runs = {path.parent for path in below("ckpt_*.pt")}
     last = [paths[0] for run in runs if (paths := checkpoint_paths(run))]
     exports = [path.parent for path in below(CONFIG) if has_weights(path.parent)]
     return newest(last) or newest(exports) or newest([*below("ckpt.pt"), *below("model_*.pt")])
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, but not those in hidden folders.
+
+    It follows links, because a run may lie on another disk. Links may form a circle, so it enters
+    every folder once.
+    """
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        new = (real := os.path.realpath(place)) not in seen
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if new and not name.startswith("."))
+        yield from (Path(place, name) for name in names if new)
 
 
 def newest(paths: Iterable[Path]) -> Path | None:

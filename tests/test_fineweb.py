@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -239,6 +240,11 @@ def test_a_run_killed_while_it_cuts_a_small_source_again_gives_the_same_bytes(
                 break  # there were fewer files to rename
             except KeyboardInterrupt:
                 kills += 1
+        if (config.folder / shards.PARTIAL).exists():
+            try:
+                assert fineweb.NOT_FINISHED in capture_verify(config.folder)
+            except ValueError as error:  # it must not call shards damaged and rename them
+                assert fineweb.NOT_FINISHED in str(error)
         fineweb.tokenize(config)
         assert contents(config.folder) == whole, f"killed before rename {kills}"
     assert kills > 3 * (len(whole) - 1)  # a shard is renamed three times, a manifest follows it
@@ -268,11 +274,28 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_named(jsonl):
     assert "shard_size 40000, not 50000" in run_badly(
         "--source", jsonl, "--out_dir", folder, "--shard_size", 50000
     )
-    assert "revision" in run_badly("--source", other, "--out_dir", folder, "--shard_size", 40000)
+    assert "was made from other files, or" in run_badly(
+        "--source", other, "--out_dir", folder, "--shard_size", 40000
+    )
     assert "source local, not pydocs" in run_badly(
         "--source", "pydocs", "--out_dir", folder, "--shard_size", 40000
     )
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_a_finished_folder_of_an_older_version_is_whole_and_an_unfinished_one_is_refused(
+    tmp_path, threads, capsys
+):
+    config = config_for(write_jsonl(tmp_path / "t.jsonl", make_texts(5)))
+    fineweb.tokenize(config)
+    manifest, _ = shards.read_manifest(config.folder)
+    del manifest["split_eot"]  # what it means was not settled then, nor were blank rows left out
+    shards.write_manifest(config.folder, manifest, finished=True)
+    fineweb.tokenize(config)
+    assert "finished" in capsys.readouterr().out
+    (config.folder / "manifest.json").replace(config.folder / "manifest.partial.json")
+    with pytest.raises(ValueError, match="split_eot None, not auto"):
+        fineweb.tokenize(config)
 
 
 def interrupt(args: list[str], folder: Path, rng: random.Random, how: signal.Signals) -> bool:
@@ -324,6 +347,22 @@ def test_workers_end_when_the_command_is_killed(jsonl, tmp_path):
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, pids
         time.sleep(0.05)
+
+
+def test_a_worker_gets_the_name_of_one_file_however_many_there_are(tmp_path):
+    class Pool(ThreadPoolExecutor):
+        def submit(self, call: Callable, *work: object) -> Future:
+            assert len(pickle.dumps(work)) < 1000
+            return super().submit(call, *work)
+
+    for number in range(200):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    source = find_files((str(tmp_path),))
+    config = config_for(tmp_path)
+    with Pool(2) as pool:
+        tokens = np.concatenate(list(fineweb.TokenStream(config, source, None, pool)))
+    texts = [Path(path).read_text() for path, _ in source.files]
+    assert np.array_equal(tokens, expected_tokens(texts))
 
 
 def test_workers_import_no_torch(tmp_path):
@@ -522,6 +561,8 @@ def test_bad_arguments_give_one_line(tmp_path):
     assert "--source" in run_badly("--source", tmp_path, "--out_dir", tmp_path / "o")
     assert "--shard_size is 0" in run_badly("--shard_size", 0)
     assert "--help" in run_badly("--sauce", "pydocs")
+    assert "--source is given twice" in run_badly("--source", "a.txt", "--source=b.txt")
+    assert "--source has no value" in run_badly("--source", "--max_tokens", 9)
     assert list(tmp_path.iterdir()) == []
 
 

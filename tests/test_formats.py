@@ -140,6 +140,14 @@ def test_encodings_that_cannot_be_told_are_refused():
     assert "cannot be read ('utf-16" in read("a.txt", "text".encode("utf-16")[:-1])[-1]
 
 
+@pytest.mark.parametrize("compress", [gzip.compress, zstd.compress])
+def test_compressed_data_under_another_name_says_how_to_name_it(compress):
+    for name in ("a.txt", "a.jsonl", "a.csv", "a.jsonl.gz"):
+        data = compress(LINES)
+        data = gzip.compress(data) if name.endswith("gz") else data  # compressed twice
+        assert "is compressed: let its name end in .gz" in read(name, data)[0]
+
+
 # -----------------------------------------------------------------------------
 # JSON
 
@@ -280,6 +288,10 @@ def test_csv_keeps_quoted_lines_commas_quotes_and_long_fields():
 )
 def test_tables_of_other_programs_are_read(name, data):
     assert read(name, data) == ["a", "b"]
+
+
+def test_a_table_without_a_line_has_no_rows():
+    assert read("a.csv", b"") == read("a.tsv.gz", gzip.compress(b"")) == []
 
 
 def test_a_comma_in_a_tsv_file_is_text():

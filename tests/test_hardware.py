@@ -56,6 +56,18 @@ def test_a_gpu_without_bfloat16_gets_float16(monkeypatch, capability, dtype):
     assert hardware.choose_dtype("auto", CUDA) == dtype
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (3, 3), (64, 4)])
+def test_torch_takes_no_more_threads_than_the_container_has_cores(monkeypatch, cores, threads):
+    monkeypatch.setattr(hardware, "count_cores", lambda: cores)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        hardware.limit_threads()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("cpuinfo", "dtype"),
     [

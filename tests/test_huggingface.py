@@ -6,6 +6,7 @@ import os
 import pickle
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from common.cli import explain, plain
 from common.huggingface import read_huggingface, write_huggingface
-from common.tokenizer import get_tokenizer
+from common.tokenizer import EOT, get_tokenizer
 from train_gpt2 import GPT, GPTConfig, load_model
 
 IDX = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -222,6 +223,13 @@ def test_the_exported_tokenizer_pads_texts_of_several_lengths(full_folder):
     assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
 
 
+def test_the_code_on_the_model_card_writes_text(full_folder, capsys):
+    pytest.importorskip("transformers")
+    code = (full_folder / "README.md").read_text().split("```")[1].removeprefix("python")
+    exec(code.replace("FOLDER", str(full_folder)), {})
+    assert capsys.readouterr().out.startswith("Hello, I am")
+
+
 @pytest.mark.parametrize("vocab_size", [50258, 50304])
 def test_a_resized_or_padded_vocabulary_goes_to_transformers_and_back(tmp_path, vocab_size):
     model = spread(
@@ -378,6 +386,23 @@ def test_a_download_that_breaks_off_is_one_line(hub, monkeypatch):
         load_model("org/small")
 
 
+def test_a_tokenizer_that_the_hub_does_not_give_now_is_not_taken_for_gpt2_s(hub, monkeypatch):
+    def no_answer(repo: str, file: str, **kwargs: object) -> str:
+        if file in silent:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("An error happened")
+        return download(repo, file, **kwargs)
+
+    download, silent = huggingface_hub.hf_hub_download, ["tokenizer.json", "vocab.json"]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_answer)
+    with pytest.raises(OSError, match=r"^org/small: tokenizer\.json could not be downloaded \(An"):
+        load_model("org/small")
+    assert not any("safetensors" in request for request in hub.asked)
+    silent.clear()
+    assert load_model("org/small")
+    silent += ["tokenizer.json", "vocab.json"]  # the hub has said that there are none
+    assert load_model("org/small")
+
+
 def test_a_model_that_the_hub_does_not_give_is_one_line_with_the_reason(folder, hub):
     with pytest.raises(FileNotFoundError, match=r"no such name there, or a private one") as error:
         load_model("org/other")
@@ -503,6 +528,20 @@ def test_a_model_with_another_tokenizer_is_refused_by_its_file(folder, full_fold
         (folder / file).write_text("x")
     with pytest.raises(ValueError, match=rf"another tokenizer than GPT-2's \({file}\): give a m"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "end", "other"),
+    [(50257, 0, True), (52000, 2, True), (50257, EOT, False), (50257, None, False),
+     (50258, 50257, False), (65, 0, False)],
+)  # fmt: skip
+def test_without_tokenizer_files_the_end_token_tells_another_tokenizer(
+    folder, vocab_size, end, other
+):
+    change(folder, vocab_size=vocab_size, eos_token_id=end)
+    what = rf"has another tokenizer than GPT-2's \(eos_token_id {end}\): give a model with GPT-2's"
+    with pytest.raises(ValueError, match=what) if other else nullcontext():
+        read_huggingface(folder)
 
 
 def test_reading_gives_plain_sizes_and_float32_weights_without_padding(model, folder):

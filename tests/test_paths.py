@@ -1,5 +1,6 @@
 """common/paths.py: paths, folders and globs stand for the files that a user means."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,9 @@ def test_paths_without_a_clear_meaning_are_refused_with_what_to_do(tree, tmp_pat
         (tmp_path / "c" / "more.csv").touch()
         tree("c")
     assert tree("c/**") == ["c/more.csv", "c/note.md", "c/x[1].TXT"]
+    (tmp_path / "a" / "README.md").touch()  # as in a clone of a data set
+    with pytest.raises(ValueError, match=r"name one of them, as in 'a/\*\*/\*.jsonl'"):
+        tree("a")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds no file .*: check --source, or convert it"):
         tree("empty")
@@ -77,6 +81,19 @@ def test_paths_without_a_clear_meaning_are_refused_with_what_to_do(tree, tmp_pat
             ValueError, match=f"--source {special} stands alone: .* use ./{special}"
         ):
             find_source((special, "a"), **settings, on_error="stop", manifest=None)
+
+
+def test_a_folder_that_cannot_be_listed_is_named_not_left_out(tree, monkeypatch):
+    scandir = os.scandir
+
+    def fail_below(path: str) -> object:
+        if str(path).endswith("b"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail_below)
+    with pytest.raises(OSError, match=r"^a/b cannot be read \(Permission denied\)$"):
+        tree("a")
 
 
 def test_names_of_files_are_relative_to_their_common_folder(tmp_path):
@@ -98,12 +115,17 @@ def test_names_of_files_are_relative_to_their_common_folder(tmp_path):
         (["**"], "here"),
         (["../here/a.txt", "b.txt"], "here"),
         (["/*.txt"], "files"),
+        (["/"], "files"),
+        ([".x.txt"], "files"),
+        ([".."], "up"),
+        (["../*.txt"], "up"),
+        (["../a.txt", "../b.txt"], "up"),
         (["corpus/a [1].txt"], "a [1]"),
         (["pydocs"], "pydocs"),
     ],
 )
 def test_the_shards_folder_has_the_name_of_the_source(tmp_path, monkeypatch, source, name):
-    here = tmp_path / "here"
+    here = tmp_path / "up" / "here"
     (here / "corpus").mkdir(parents=True)
     (here / "corpus" / "a [1].txt").touch()
     monkeypatch.chdir(here)

@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import losses, read_metrics, run_train
 
 from common.checkpoint import build_model
-from train_gpt2 import GPT, GPTConfig, load_model
+from common.cli import explain
+from train_gpt2 import GPT, GPTConfig, Windows, load_model
 
 
 def final_weights(out_dir, step):
@@ -115,8 +117,11 @@ def test_a_finished_run_says_so_and_a_missing_one_begins(data_dir, tmp_path, cap
 
 def test_another_run_is_not_resumed_but_another_length_is(data_dir, tmp_path, capsys):
     run_train(data_dir, tmp_path, max_steps=4)
-    with pytest.raises(ValueError, match=r"seed was 1337, is now 7; .*n_layer was 2, is now 3"):
+    with pytest.raises(
+        ValueError, match=r"seed was 1337, is now 7; .*n_layer was 2, is now 3"
+    ) as e:
         run_train(data_dir, tmp_path, resume=True, max_steps=4, seed=7, n_layer=3)
+    assert "--init_from takes over the weights alone" in explain(e.value)
     longer = run_train(data_dir, tmp_path, resume=True, max_steps=6)
     assert "max_steps was 4, is now 6" in capsys.readouterr().out
     assert [m["step"] for m in longer if m["event"] == "train"] == list(range(6))
@@ -137,6 +142,22 @@ def test_init_from_starts_with_the_weights_of_a_checkpoint(data_dir, tmp_path):
         run_train(
             data_dir, tmp_path / "third", init_from=str(checkpoint), **{**sizes, "n_layer": 3}
         )
+
+
+def test_a_shorter_context_keeps_the_first_positions_and_a_longer_one_is_an_error(
+    data_dir, tmp_path
+):
+    run_train(data_dir, tmp_path / "first", max_steps=4)
+    sizes = dict.fromkeys(("n_layer", "n_head", "n_embd", "vocab_size"))
+    start = dict(init_from=str(tmp_path / "first"), max_steps=1, val_tokens=512, **sizes)
+    short = run_train(data_dir, tmp_path / "short", block_size=8, **start)
+    model = load_model(tmp_path / "first")
+    x, y = Windows(data_dir, "val", 8, 300).read(np.arange(64))
+    with torch.no_grad():
+        expected = model(x, y).item()
+    assert next(m["loss"] for m in short if m["event"] == "val") == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"block_size 32: .*first has 16: leave it out"):
+        run_train(data_dir, tmp_path / "long", block_size=32, **start)
 
 
 def test_weights_of_another_shape_are_refused_by_name():

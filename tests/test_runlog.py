@@ -379,7 +379,7 @@ def test_the_project_and_name_of_wandb_are_those_of_the_environment_if_it_has_an
         return types.SimpleNamespace(id="an id", define_metric=lambda *_, **__: None)
 
     stand_in_for_wandb(monkeypatch, init)
-    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+    for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     runlog.WeightsAndBiases(Path(), None)
@@ -388,6 +388,10 @@ def test_the_project_and_name_of_wandb_are_those_of_the_environment_if_it_has_an
     monkeypatch.setenv("WANDB_NAME", "first try")
     runlog.WeightsAndBiases(tmp_path / "log", None)
     assert (given["project"], given["name"]) == ("mine", "first try")
+    assert given["dir"] == tmp_path / "log"
+    monkeypatch.setenv("WANDB_DIR", "scratch")  # an argument of ours would beat it
+    runlog.WeightsAndBiases(tmp_path / "log", None)
+    assert given["dir"] == "scratch"
     assert "entity" not in given, "wandb takes WANDB_ENTITY itself"
 
 

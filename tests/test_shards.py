@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from common.shards import (
+    CUT,
     data_source,
     fingerprint,
+    finish_cut,
     open_shards,
     read_manifest,
     read_shard,
@@ -294,6 +296,16 @@ def test_a_finished_manifest_counts_before_a_partial_one(tmp_path):
     write_manifest(tmp_path, {"source": "partial", "shards": []})
     manifest, finished = read_manifest(tmp_path)
     assert (manifest["source"], finished) == ("finished", True)
+
+
+def test_only_shards_are_put_in_place_after_a_run_was_killed_while_it_cut_them_twice(tmp_path):
+    (tmp_path / CUT).mkdir()
+    for name in ("edufineweb_val_000000.npy", ".edufineweb_train_000001.npy.unfinished"):
+        (tmp_path / CUT / name).touch()
+    manifest = {"shards": [], CUT: True}
+    finish_cut(tmp_path, manifest)
+    assert manifest == {"shards": []}
+    assert os.listdir(tmp_path) == ["edufineweb_val_000000.npy"]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "manifest.partial.json"])

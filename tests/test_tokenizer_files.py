@@ -1,6 +1,7 @@
 """The tokenizer's files: written as GPT-2's, and told from those of other tokenizers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,11 @@ def other(folder: Path, **texts: str) -> str | None:
     """Write files, named with _ for a dot; return the one with another tokenizer."""
     for name, text in texts.items():
         (folder / name.replace("_", ".")).write_text(text, encoding="utf-8")
-    return find_other_tokenizer(lambda name: path if (path := folder / name).exists() else None)
+    return find_other_tokenizer(in_folder(folder))
+
+
+def in_folder(folder: Path) -> Callable[[str], Path | None]:
+    return lambda name: path if (path := folder / name).exists() else None
 
 
 def test_tokens_are_spelled_as_gpt2_spells_them():
@@ -41,6 +46,12 @@ def test_gpt2_s_own_files_are_known_whatever_their_form(tmp_path, files):
     fast["added_tokens"].append({"id": 50257, "content": "<|pad|>"})
     fast["model"]["vocab"]["brandnew"] = 50258
     assert other(tmp_path, tokenizer_json=json.dumps(fast)) is None
+
+
+def test_a_hint_of_another_tokenizer_counts_only_without_files(tmp_path, files):
+    assert find_other_tokenizer(in_folder(tmp_path), "eos_token_id 0") == "eos_token_id 0"
+    (tmp_path / "vocab.json").write_text(files["vocab.json"], encoding="utf-8")
+    assert find_other_tokenizer(in_folder(tmp_path), "eos_token_id 0") is None
 
 
 def test_another_tokenizer_is_found_in_either_file(tmp_path, files):

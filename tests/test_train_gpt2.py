@@ -557,6 +557,22 @@ def test_the_end_of_a_run_leaves_its_last_weights_for_other_programs(data_dir, t
         assert torch.equal(a[:rows], b[:rows]), name
 
 
+def test_the_end_of_a_run_keeps_the_users_files_and_tells_its_loss(data_dir, tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    metrics = run_train(data_dir, tmp_path, max_steps=2)
+    assert (folder / "model.gguf").read_bytes() == b"GGUF"
+    loss = [m["loss"] for m in metrics if m["event"] == "val"][-1]
+    assert f"| validation loss | {loss:.4f} |" in (folder / "README.md").read_text()
+
+
+def test_a_padded_vocabulary_is_sampled_and_writes_text(data_dir, tmp_path):
+    run = run_train(data_dir, tmp_path, max_steps=1, sample_every=1, vocab_size=50304)
+    texts = [m["text"] for m in run if m["event"] == "sample"]
+    assert len(texts) == 4 and all(text.startswith("Hello, I'm") for text in texts)
+
+
 def test_compiling_evaluating_and_sampling_work_together(data_dir, tmp_path):
     settings = dict(max_steps=4, eval_every=2, sample_every=2, vocab_size=50257, block_size=64)
     plain = run_train(data_dir, tmp_path / "plain", **settings)

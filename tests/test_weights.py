@@ -10,7 +10,7 @@ from conftest import save
 from common import weights
 from common.cli import plain
 from common.huggingface import write_huggingface
-from common.weights import default_model, find_model, read_weights
+from common.weights import default_model, files_below, find_model, read_weights
 from train_gpt2 import GPT
 
 
@@ -65,6 +65,14 @@ def test_without_a_name_the_run_that_wrote_last_is_read_wherever_it_lies(here, s
     (here / "log" / "broken").mkdir()
     (here / "log" / "broken" / "ckpt_000001.pt").symlink_to("nowhere")
     assert default_model() == "log/linked/ckpt_000003.pt"
+
+
+def test_links_in_a_circle_do_not_hold_up_the_search(here, small_model):
+    run(small_model, here / "log" / "mine", 7, seconds=0)
+    for name in ("a", "b", "c"):  # 3 ** 40 paths, if the search went round
+        (here / "log" / name).symlink_to(".")
+    assert list(files_below(Path("log"))) == [Path("log/mine/ckpt_000007.pt")]
+    assert default_model() == "log/mine/ckpt_000007.pt"
 
 
 def test_without_a_checkpoint_the_export_of_the_run_is_read_before_gpt2(here, small_model):
