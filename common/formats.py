@@ -196,17 +196,13 @@ def json_values(stream: BinaryIO, column: str) -> Iterator[str | BadText | None]
     held = held[array:]
     while True:
         place = GAP.match(held).end()
-        with_error = False
-        while not with_error:
-            try:
+        try:
+            while True:
                 value, after = decode(held, place)
-                with_error = after == len(held) and not end  # a number may go on
-            except (ValueError, RecursionError):
-                with_error = True
-            if not with_error:
                 yield json_text(value, column, f"row {row}")
                 row, place = row + 1, GAP.match(held, after).end()
-        held = held[place:]
+        except (ValueError, RecursionError):  # here the block ends, or the array, or the JSON
+            held = held[place:]
         if end:
             break
         more = text.read(max(1 << 20, len(held)))  # twice as much for a long value

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common import tokenizer
-from common.tokenizer import EOT, encode, get_tokenizer
+from common.tokenizer import EOT, encode, encode_prompt, get_tokenizer, text_cut
 
 
 def test_texts_tokenised_in_parts_give_the_tokens_of_the_whole(monkeypatch):
@@ -58,3 +58,28 @@ def test_a_damaged_file_of_ranks_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "RANKS_PATH", tmp_path / "ranks")
     with pytest.raises(ValueError, match="ranks is damaged: restore it with `git checkout"):
         get_tokenizer.__wrapped__()
+
+
+def test_a_text_cut_anywhere_has_the_tokens_of_the_whole():
+    rng = random.Random(1)
+    words = "a bc 's ' 。 中 é 1 12 . !? 🙂 \x00 <|endoftext|>".split(" ")
+    blanks = [*" \n\t\x0b\x1c\x1f\x85\xa0\u1680\u2003\u2028\u202f\u205f\u3000\u200b", "  ", "\r\n"]
+    blanks.append(" \xa0 \xa0")  # this is a token
+    cuts = 0
+    for _ in range(4000):
+        text = "".join(rng.choices(words + blanks, k=rng.randrange(1, 14))).encode()
+        parts, at = [], 0
+        while (cut := text_cut(text, at + 1)) is not None:
+            parts, at, cuts = [*parts, text[at:cut]], cut, cuts + 1
+        parts.append(text[at:])
+        assert all(not part[-1:].isspace() for part in parts[:-1])
+        tokens = [token for part in parts for token in encode(part.decode()).tolist()]
+        assert tokens == encode(text.decode()).tolist(), text
+    assert cuts > 1500
+
+
+def test_a_marker_written_in_a_prompt_is_the_token():
+    hi = encode("Hi").tolist()
+    assert encode_prompt("<|endoftext|>Hi<|endoftext|>").tolist() == [EOT, *hi, EOT]
+    assert encode_prompt("Hi").tolist() == hi
+    assert encode_prompt("").tolist() == []

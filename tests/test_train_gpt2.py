@@ -330,8 +330,13 @@ def test_ranks_join_with_the_time_limit_of_the_run_unless_a_command_runs_alone(m
         return contextlib.nullcontext((0, 1))
 
     monkeypatch.setattr(train_gpt2.ranks, "join_ranks", join)
+    monkeypatch.setattr(train_gpt2.hardware, "count_cores", lambda: 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
     with set_up_machine(TrainConfig(device="cpu", timeout_minutes=3.5), alone=alone) as machine:
         assert (machine.rank, machine.world_size) == (0, 1)
+        assert torch.get_num_threads() == 1, "a container has fewer cores than its machine"
+    torch.set_num_threads(before)
     assert limits == ([] if alone else [3.5])
 
 
