@@ -319,9 +319,8 @@ def tokenize(config: DataConfig) -> None:
             finish_cut(folder, manifest)  # of a run that was killed in it
             shards = manifest["shards"]
             damaged = [i for i, shard in enumerate(shards) if shard_fault(folder, shard, False)]
-            if (
-                not finished and source.name != "pydocs"
-            ):  # a few MB; the size is known only when they are made
+            # pydocs are a few MB, and their size is known only when they are made
+            if not finished and source.name != "pydocs":
                 check_space(config, source, manifest["tokens"])
             # a pool starts its processes only when there is work
             with worker_pool(config.num_proc) as pool:
@@ -369,10 +368,8 @@ def make_shards(
             say(f"{name}: {len(tokens):,} tokens; {rate:,.0f} tokens a second so far")
             del tokens  # frees the memory before the next shard fills
     if not shards:
-        skipped = (
-            f" ({stream.counts['skipped']:,} lines skipped)" if stream.counts["skipped"] else ""
-        )
-        what = f"{' '.join(config.source)} holds no text{skipped}"
+        what, skipped = f"{' '.join(config.source)} holds no text", stream.counts["skipped"]
+        what += f" ({skipped:,} lines skipped)" if skipped else ""
         raise ValueError(f"{what}: check the file, or --text_column")
     manifest |= {"counts": stream.counts} if stream.counts else {}
     with advice(AFTER_DISK_FULL):

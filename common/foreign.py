@@ -35,7 +35,7 @@ def clean_name(name: str) -> str | None:
 
 
 def from_nanogpt(state: Any) -> tuple[dict[str, int], dict[str, torch.Tensor]] | None:
-    """Return sizes and weights from a checkpoint of nanoGPT or build-nanogpt; None if it is none.
+    """Return sizes and weights of a checkpoint of nanoGPT or build-nanogpt; None if it is neither.
 
     nanoGPT's checkpoint has the sizes in a dict, `model_args`, build-nanogpt's in a pickled
     dataclass, `config`, and some forks have a dict of that name. All hold the weights as our model

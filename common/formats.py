@@ -140,8 +140,8 @@ def text_blocks(stream: BinaryIO, size: int) -> Iterator[bytes]:
         block = block[cut:] if cut else b""
 
 
-def decode_text(data: bytes, start: int) -> str | None:
-    """Return the text of bytes that begin at `start` of a file. Raises BadText if it is none."""
+def decode_text(data: bytes, start: int) -> str:
+    """Return bytes that begin at `start` of a file as text. Raises BadText if they are not text."""
     if (zero := data.find(b"\0")) >= 0:
         hint = "leave it out, or convert it with iconv if it is UTF-16"
         raise BadText(f"is not a text file (byte {start + zero} is 0): {hint}")
@@ -229,7 +229,7 @@ def no_field(row: Any, column: str, where: str) -> BadText:
     """Return the error for a row that does not have the field."""
     if not isinstance(row, dict):
         hint = f'write each row as {{"{column}": "..."}}'
-        return BadText(f"{where} has no text in field {column} (it is no object): {hint}")
+        return BadText(f"{where} has no text in field {column} (it is not an object): {hint}")
     for name, value in row.items():  # {"data": [...]}: the object holds all rows
         if isinstance(value, list) and value and isinstance(value[0], dict) and column in value[0]:
             hint = f"write each on a line of its own, as `jq -c '.{name}[]'` does"

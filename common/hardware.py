@@ -217,8 +217,8 @@ def device_errors(device: torch.device) -> Iterator[None]:
 def limit_threads() -> None:
     """Let torch use no more threads than this process has cores.
 
-    torch counts the cores of the machine. In a container with the CPU time of 2 of them, 16 threads
-    wait for each other: the tiny preset was 4 to 8 times slower than with 2.
+    torch counts the cores of the machine, of which a container may have only some. On 2 cores, 16
+    threads wait for each other: the tiny preset was 4 to 8 times slower than with 2.
     """
     if (cores := count_cores()) < torch.get_num_threads():
         torch.set_num_threads(cores)

@@ -96,7 +96,7 @@ def hub_errors(dataset: str) -> Iterator[None]:
         raise ValueError(f"HF_HUB_OFFLINE is set, so the hub is not used: {hint}") from None
     except HFValidationError:
         hint = "--dataset is OWNER/NAME, as in allenai/c4"
-        raise ValueError(f"{dataset} is no name of a data set on the hub: {hint}") from None
+        raise ValueError(f"{dataset} is not the name of a data set on the hub: {hint}") from None
     except GatedRepoError:
         raise gated(dataset) from None
     except RepositoryNotFoundError:

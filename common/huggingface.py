@@ -334,7 +334,7 @@ def keep_others(folder: Path, new: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError if this is no place for an export: a file, or a folder of other things."""
+    """Raise ValueError if an export cannot go here: to a file, or a folder of other things."""
     if folder.is_file():
         raise ValueError(f"{folder} is a file")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

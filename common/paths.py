@@ -3,7 +3,7 @@
 import glob
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from common.formats import ENDING, READABLE, file_kind
@@ -27,15 +27,14 @@ def files_below(folder: str) -> list[str]:
     """Return the files of text in a folder and below it. They must have one format."""
     found = {}
 
-    def stop(error: OSError) -> None:  # else os.walk leaves the folder out
+    def stop(error: OSError) -> None:  # else the folder would be left out
         raise OSError(f"{error.filename} cannot be read ({error.strerror})")
 
-    for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+    for root, names in walk(folder, stop):
         if any(name.startswith("edufineweb_") for name in names):
-            names = []  # token shards, with a manifest that is no text
-        folders[:] = [name for name in folders if name[0] != "." and not is_circle(root, name)]
+            continue  # token shards, with a manifest that is not text
         for name in names:
-            if name[0] != "." and (ending := ENDING.search(name)):
+            if ending := ENDING.search(name):
                 found[os.path.join(root, name)] = ending[0]
     if not found:
         raise ValueError(f"{folder} holds no file of text: check --source, or {READABLE}")
@@ -47,10 +46,20 @@ def files_below(folder: str) -> list[str]:
     return list(found)
 
 
-def is_circle(root: str, name: str) -> bool:
-    """Tell whether a folder is a link to one of the folders above it."""
-    inside = os.path.realpath(os.path.join(root, name))
-    return os.path.commonpath([inside, os.path.realpath(root)]) == inside
+def walk(
+    folder: str | Path, onerror: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and those below it, each once, with the names of its files; no hidden ones.
+
+    It follows links, because data and runs may lie on another disk. Links may form a circle.
+    """
+    seen = set()
+    for root, folders, names in os.walk(folder, onerror=onerror, followlinks=True):
+        new = (real := os.path.realpath(root)) not in seen
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if new and name[0] != ".")
+        if new:
+            yield root, [name for name in names if name[0] != "."]
 
 
 def local_names(paths: Sequence[str]) -> list[str]:

@@ -1,8 +1,7 @@
 """A model's weights by name: a checkpoint, a run, a folder in Hugging Face format, the hub."""
 
-import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from common.checkpoint import checkpoint_paths, is_checkpoint, read_pickle
 from common.cli import advice
 from common.foreign import STAND_INS, from_nanogpt, refuse_foreign, refuse_foreign_folder
 from common.huggingface import CONFIG, INDEX, WEIGHTS, read_huggingface
+from common.paths import walk
 
 # A name that ends so is a file's, which the hub is not asked for.
 FILE_ENDINGS = (
@@ -34,7 +34,7 @@ def newest_model(folder: Path) -> Path | None:
     newest checkpoint of nanoGPT or build-nanogpt. None: there is no model.
     """
 
-    files = [*files_below(folder)]
+    files = [Path(root, name) for root, names in walk(folder) for name in names]
 
     def below(pattern: str) -> list[Path]:
         return [path for path in files if path.match(pattern) and path.is_file()]
@@ -43,20 +43,6 @@ def newest_model(folder: Path) -> Path | None:
     last = [paths[0] for run in runs if (paths := checkpoint_paths(run))]
     exports = [path.parent for path in below(CONFIG) if has_weights(path.parent)]
     return newest(last) or newest(exports) or newest([*below("ckpt.pt"), *below("model_*.pt")])
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder, but not those in hidden folders.
-
-    It follows links, because a run may lie on another disk. Links may form a circle, so it enters
-    every folder once.
-    """
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        new = (real := os.path.realpath(place)) not in seen
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if new and not name.startswith("."))
-        yield from (Path(place, name) for name in names if new)
 
 
 def newest(paths: Iterable[Path]) -> Path | None:

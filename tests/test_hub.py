@@ -254,7 +254,7 @@ def test_what_cannot_be_read_from_the_hub_is_refused_with_what_to_do(hub, ask):
         files = card(config("a", f"{protocol}://elsewhere.example/a.jsonl"))
         assert refused(files=files) == f"{what}: {hint}"
     url = "https://huggingface.co/datasets/org/corpus"
-    what = f"{url} is no name of a data set on the hub"
+    what = f"{url} is not the name of a data set on the hub"
     assert refused(url, None, "train") == f"{what}: --dataset is OWNER/NAME, as in allenai/c4"
     gated = f"org/corpus is a gated data set: ask for access at {hub.url}/datasets/org/corpus"
     for status in (401, 403):

@@ -43,6 +43,7 @@ def test_a_folder_stands_for_the_files_below_it_without_hidden_ones_and_shards(t
     assert tree("a") == tree("a/") == tree("./a/b", "a") == tree(f"{tmp_path}/a") == files
     assert tree("c") == ["c/note.md", "c/x[1].TXT"]
     (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "twice").symlink_to(tmp_path / "a" / "b")  # each text is read once
     (tmp_path / "a" / "link").symlink_to(tmp_path / "c" / "x")
     assert tree("a") == files
     (tmp_path / "c" / "x").mkdir()
