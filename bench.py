@@ -101,7 +101,14 @@ class PlainGPT(GPT):
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         logits = self.lm_head(x)  # (B, T, V)
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
+        targets = targets.reshape(-1)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets, reduction="sum")
+
+
+def float32_stream(model: GPT) -> None:
+    """Keep the residual stream in float32, as autocast alone does: undo the cast of GPT.hidden."""
+    first = model.transformer.h[0]
+    first.register_forward_pre_hook(lambda block, inputs: (inputs[0].float(), *inputs[1:]))
 
 
 class UnpaddedConfig(GPTConfig):
@@ -124,6 +131,7 @@ class Rung:
     padded: bool = False
     fused: bool = False
     own_model: bool = False  # train_gpt2.GPT itself
+    stream: bool = False  # a bfloat16 residual stream, if products are bfloat16
     recompute: bool = False  # on a CPU, compute again in backward instead of storing
     largest_batch: bool = False  # the micro-batch that train_gpt2.py would choose
 
@@ -137,6 +145,7 @@ CHANGES = {  # each rung keeps the changes of the rungs below it
     "vocabulary 50304": dict(padded=True),
     "fused AdamW": dict(fused=True),
     "compiled by block, loss in one graph": dict(compile="blocks", own_model=True),
+    "bfloat16 residual stream": dict(stream=True),
     "less kept for the backward pass": dict(recompute=True),
     "largest micro-batch": dict(largest_batch=True),
 }
@@ -152,6 +161,7 @@ def ladder(facts: dict[str, Any]) -> tuple[list[Rung], dict[str, str]]:
         "bfloat16 autocast": "this device is no faster with it" * (facts["dtype"] == "float32"),
         "torch.compile": no_compile,
         "compiled by block, loss in one graph": no_compile,
+        "bfloat16 residual stream": "float32 here" * (facts["dtype"] != "bfloat16"),
         "less kept for the backward pass": no_compile or "done on CPUs only" * (device != "cpu"),
         "largest micro-batch": "" if cuda else "memory is probed on CUDA only",
     }
@@ -172,6 +182,8 @@ def make_rung_model(rung: Rung, config: TrainConfig) -> GPT:
     weights = GPT(config.model_config()).state_dict()
     shape = config.model_config() if rung.padded else UnpaddedConfig(**vars(config.model_config()))
     model = (GPT if rung.own_model else PlainGPT)(shape)
+    if not rung.stream:
+        float32_stream(model)
     if not rung.flash:
         for block in model.transformer.h:
             block.attn = NaiveAttention(shape)
@@ -232,10 +244,8 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
         model = make_rung_model(rung, train_config).to(device).train()
         T = model.config.block_size
         B = config.micro_batch_size or (16 if cuda else 2)
-        preset = train_gpt2.PRESETS[config.preset]
-        accum = config.grad_accum_steps or (
-            max(1, preset.total_batch_size // (B * T)) if cuda else 2
-        )
+        batch = train_gpt2.PRESETS[config.preset].total_batch_size
+        accum = config.grad_accum_steps or (max(1, batch // (B * T)) if cuda else 2)
         if rung.largest_batch:
             rows = B * accum
             B = hardware.largest_that_fits(
@@ -326,9 +336,7 @@ def climb(config: BenchConfig) -> dict[str, Any]:
     if all("left_out" in row for row in rows):
         raise ValueError(f"no rung could be measured: {rows[0]['left_out']}: try --preset tiny")
     compare(rows)
-    settings = plain(config)
-    for path in ("out", "plot"):
-        del settings[path]
+    settings = {name: v for name, v in plain(config).items() if name not in ("out", "plot")}
     return {"machine": facts, "settings": settings, "rows": rows}
 
 

@@ -272,6 +272,11 @@ class Block(nn.Module):
         return x
 
 
+# The logits of 64 rows are 3.3 billion numbers. Up to 2^31 of them, a kernel can count in 32 bits,
+# which is faster. So 64 rows have two losses of 32 rows each.
+MOST_LOGITS = 2**31 - 1
+
+
 class GPT(nn.Module):
     """GPT-2 (Radford et al., 2019), with the parameter names of Hugging Face's GPT2LMHeadModel."""
 
@@ -326,6 +331,11 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=idx.device)
         # Attention itself does not know the order of its inputs, so each position adds a vector.
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        # The sum is float32. With bfloat16 products, half its bytes are enough between the blocks.
+        # (float16 has too little range: a few numbers of a trained stream are in the thousands.)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+            x = x.bfloat16()
         for i, block in enumerate(self.transformer.h):
             x = block(x, mask, caches[i] if caches else None)
         return self.transformer.ln_f(x)  # (B, T, C)
@@ -337,15 +347,19 @@ class GPT(nn.Module):
         `config.vocab_size` before you choose a token.
         """
         x = self.hidden(idx)  # (B, T, C)
-        return self.lm_head(x) if targets is None else self.loss(x, targets)
+        if targets is None:
+            return self.lm_head(x)
+        rows = max(1, MOST_LOGITS // (idx.size(1) * self.config.padded_vocab_size))
+        parts = zip(x.split(rows), targets.split(rows), strict=True)
+        return torch.stack([self.loss(*part) for part in parts]).sum() / (targets != -1).sum()
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy of hidden states (B, T, C) against targets (B, T)."""
+        """Return the summed cross-entropy of hidden states (B, T, C) against targets (B, T)."""
         # All T positions of a row are predicted at once: T training examples for one pass.
         logits = self.lm_head(x).flatten(0, 1)  # (B*T, V), the largest tensor of all
         # A sum of 50,000 exponentials needs more than bfloat16's 8 bits. The compiler puts the cast
         # inside its loop, so the float32 logits (3.3 GB at B = 16) are never stored.
-        return F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-1)
+        return F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-1, reduction="sum")
 
 
 def load_model(name_or_path: str | Path | None, device: torch.device | str = "cpu") -> GPT:
@@ -891,20 +905,6 @@ def open_log(run: Run) -> RunLog:
     return log
 
 
-def log_step(log: RunLog, run: Run, result: StepResult, batch_tokens: int, **values: float) -> None:
-    """Record a step with these rates and times, or that it was not applied and on which windows."""
-    if result.applied:
-        log.write(
-            "train", run.step, loss=result.loss, grad_norm=result.grad_norm, **values,
-            batch_tokens=batch_tokens, tokens_seen=run.tokens_seen, data_wait=result.data_wait,
-        )  # fmt: skip
-        return
-    T = run.model.config.block_size
-    windows = [(run.tokens_seen - batch_tokens) // T, run.tokens_seen // T]  # to look at
-    why = f"loss {result.loss}, gradient norm {result.grad_norm}"
-    log.write("skip", run.step, why=why, windows=windows)
-
-
 def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
     """Take steps until the budget is spent or a signal has arrived on some rank."""
     config, machine, model = run.config, run.machine, run.model
@@ -980,7 +980,7 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
         run.tokens_seen += batch_tokens  # also of a skipped step: its data is not tried again
         stopping = result.stop  # the same on all ranks: else some would wait forever
 
-        log_step(log, run, result, batch_tokens, **rates, dt=dt)
+        log.write_step(run.step, result, batch_tokens, run.tokens_seen, T, **rates, dt=dt)
         if stats and result.applied:
             log.write("stats", run.step, **stats.values(result.grad_norm))
         skipped = 0 if result.applied else skipped + 1  # one bad batch is harmless, many are not

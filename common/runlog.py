@@ -103,6 +103,20 @@ class RunLog:
         for dashboard in self.dashboards:
             dashboard.write(event, step, values)
 
+    def write_step(
+        self, step: int, result: Any, batch_tokens: int, tokens_seen: int, T: int, **values: float
+    ) -> None:
+        """Record a step with its rates and times or, if it was not applied, on which windows."""
+        if result.applied:
+            self.write(
+                "train", step, loss=result.loss, grad_norm=result.grad_norm, **values,
+                batch_tokens=batch_tokens, tokens_seen=tokens_seen, data_wait=result.data_wait,
+            )  # fmt: skip
+            return
+        windows = [(tokens_seen - batch_tokens) // T, tokens_seen // T]  # to look at
+        why = f"loss {result.loss}, gradient norm {result.grad_norm}"
+        self.write("skip", step, why=why, windows=windows)
+
     def say(self, line: str) -> None:
         """Print a line on the console, above the status line if there is one."""
         if self.file is not None:

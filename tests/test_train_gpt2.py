@@ -141,6 +141,37 @@ def test_targets_of_minus_one_do_not_count(small_model):
     torch.testing.assert_close(small_model(idx, targets), expected)
 
 
+def test_the_loss_in_parts_is_the_loss_of_the_whole(small_model, monkeypatch):
+    ids, targets = torch.randint(0, 300, (2, 5, 16), generator=torch.Generator().manual_seed(0))
+    targets[3, 2:] = -1  # a mean of the parts' means would be another number
+    results, calls, loss = [], [], GPT.loss
+    monkeypatch.setattr(GPT, "loss", lambda *args: calls.append(len(args[1])) or loss(*args))
+    for most in (train_gpt2.MOST_LOGITS, 2 * 16 * 384, 16 * 384 - 1):
+        monkeypatch.setattr(train_gpt2, "MOST_LOGITS", most)
+        small_model.zero_grad()
+        whole = small_model(ids, targets)
+        whole.backward()
+        results.append([whole.detach(), *(p.grad for p in small_model.parameters())])
+    assert calls == [5, 2, 2, 1, 1, 1, 1, 1, 1], "a single row is never cut"
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stream"),
+    [("float32", torch.float32), ("float16", torch.float32), ("bfloat16", torch.bfloat16)],
+)
+def test_the_residual_stream_is_bfloat16_if_the_products_are(small_model, dtype, stream):
+    seen = []
+    for block in small_model.transformer.h:
+        block.register_forward_hook(lambda block, inputs, x: seen.extend([inputs[0], x]))
+    machine = dataclasses.replace(CPU, dtype=getattr(torch, dtype))
+    with machine.autocast:
+        small_model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    assert {x.dtype for x in seen} == {stream}
+    assert {p.grad.dtype for p in small_model.parameters()} == {torch.float32}
+
+
 def test_one_batch_can_be_overfitted(small_model):
     x, y = torch.randint(0, 300, (2, 4, 16))
     optimizers = {"optimizer": torch.optim.AdamW(small_model.parameters(), lr=1e-2)}
