@@ -272,9 +272,7 @@ class Block(nn.Module):
         return x
 
 
-# The logits of 64 rows are 3.3 billion numbers. Up to 2^31 of them, a kernel can count in 32 bits,
-# which is faster. So 64 rows have two losses of 32 rows each.
-MOST_LOGITS = 2**31 - 1
+MOST_LOGITS = 2**31 - 1  # in one tensor: with more, kernels count in 64 bits, which is slower
 
 
 class GPT(nn.Module):
@@ -349,8 +347,10 @@ class GPT(nn.Module):
         x = self.hidden(idx)  # (B, T, C)
         if targets is None:
             return self.lm_head(x)
-        rows = max(1, MOST_LOGITS // (idx.size(1) * self.config.padded_vocab_size))
-        parts = zip(x.split(rows), targets.split(rows), strict=True)
+        # The loss of 64 rows (3.3 billion logits) is taken in two halves.
+        most = max(1, MOST_LOGITS // (idx.size(1) * self.config.padded_vocab_size))  # rows
+        n = math.ceil(len(idx) / most)
+        parts = zip(x.chunk(n), targets.chunk(n), strict=True)
         return torch.stack([self.loss(*part) for part in parts]).sum() / (targets != -1).sum()
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -575,7 +575,7 @@ class Machine:
 
     @property
     def autocast(self) -> torch.autocast:
-        """Run matrix products in `dtype`; norms, softmax, loss and residual stream stay float32.
+        """Run matrix products in `dtype`; norms, softmax and loss stay float32.
 
         bfloat16 has the range of float32 with 8 bits of precision instead of 24. A product sums
         up in float32, so single errors of 0.4% average out. The weights must not be rounded: an

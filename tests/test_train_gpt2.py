@@ -142,17 +142,17 @@ def test_targets_of_minus_one_do_not_count(small_model):
 
 
 def test_the_loss_in_parts_is_the_loss_of_the_whole(small_model, monkeypatch):
-    ids, targets = torch.randint(0, 300, (2, 5, 16), generator=torch.Generator().manual_seed(0))
+    ids, targets = torch.randint(0, 300, (2, 6, 16), generator=torch.Generator().manual_seed(0))
     targets[3, 2:] = -1  # a mean of the parts' means would be another number
     results, calls, loss = [], [], GPT.loss
     monkeypatch.setattr(GPT, "loss", lambda *args: calls.append(len(args[1])) or loss(*args))
-    for most in (train_gpt2.MOST_LOGITS, 2 * 16 * 384, 16 * 384 - 1):
+    for most in (train_gpt2.MOST_LOGITS, 5 * 16 * 384, 16 * 384 - 1):
         monkeypatch.setattr(train_gpt2, "MOST_LOGITS", most)
         small_model.zero_grad()
         whole = small_model(ids, targets)
         whole.backward()
         results.append([whole.detach(), *(p.grad for p in small_model.parameters())])
-    assert calls == [5, 2, 2, 1, 1, 1, 1, 1, 1], "a single row is never cut"
+    assert calls == [6, 3, 3, *[1] * 6], "equal parts share one graph; a row is never cut"
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])
 
