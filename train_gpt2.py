@@ -330,7 +330,7 @@ class GPT(nn.Module):
         # Attention itself does not know the order of its inputs, so each position adds a vector.
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         # The sum is float32. With bfloat16 products, half its bytes are enough between the blocks.
-        # (float16 has too little range: a few numbers of a trained stream are in the thousands.)
+        # (In float16 its gradient, which the scaler has multiplied, would overflow sooner.)
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
             x = x.bfloat16()

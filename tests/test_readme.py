@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-PAGES += sorted(ROOT.glob("benchmarks/*.md"))
+PAGES += sorted(ROOT.glob("benchmarks/**/*.md"))
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+)(?:#L(\d+))?\)")
 CONFIGS = {
     "train_gpt2.py": "TrainConfig",
