@@ -105,12 +105,6 @@ class PlainGPT(GPT):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets, reduction="sum")
 
 
-def float32_stream(model: GPT) -> None:
-    """Keep the residual stream in float32, as autocast alone does: undo the cast of GPT.hidden."""
-    first = model.transformer.h[0]
-    first.register_forward_pre_hook(lambda block, inputs: (inputs[0].float(), *inputs[1:]))
-
-
 class UnpaddedConfig(GPTConfig):
     """A vocabulary of 50257: an odd number, and no tile size divides it."""
 
@@ -183,7 +177,7 @@ def make_rung_model(rung: Rung, config: TrainConfig) -> GPT:
     shape = config.model_config() if rung.padded else UnpaddedConfig(**vars(config.model_config()))
     model = (GPT if rung.own_model else PlainGPT)(shape)
     if not rung.stream:
-        float32_stream(model)
+        model.stream = None  # float32, as autocast alone does
     if not rung.flash:
         for block in model.transformer.h:
             block.attn = NaiveAttention(shape)

@@ -272,11 +272,13 @@ class Block(nn.Module):
         return x
 
 
-MOST_LOGITS = 2**31 - 1  # in one tensor: with more, kernels count in 64 bits, which is slower
+MOST_LOGITS = 2**31 - 1  # in one tensor: with more, kernels would have to count in 64 bits
 
 
 class GPT(nn.Module):
     """GPT-2 (Radford et al., 2019), with the parameter names of Hugging Face's GPT2LMHeadModel."""
+
+    stream = torch.bfloat16  # the residual stream, if products are too: half of float32's bytes
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -329,11 +331,9 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=idx.device)
         # Attention itself does not know the order of its inputs, so each position adds a vector.
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
-        # The sum is float32. With bfloat16 products, half its bytes are enough between the blocks.
-        # (In float16 its gradient, which the scaler has multiplied, would overflow sooner.)
         kind = x.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
-            x = x.bfloat16()
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == self.stream:
+            x = x.to(self.stream)
         for i, block in enumerate(self.transformer.h):
             x = block(x, mask, caches[i] if caches else None)
         return self.transformer.ln_f(x)  # (B, T, C)

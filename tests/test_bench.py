@@ -54,6 +54,15 @@ def test_rungs_start_from_the_same_weights():
         assert torch.equal(p, top.get_parameter(name)[: len(p)]), name
 
 
+@pytest.mark.parametrize(("stream", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_a_rung_has_the_residual_stream_that_its_name_says(stream, dtype):
+    model, seen = bench.make_rung_model(rung(stream=stream), TINY.train_config()), []
+    model.transformer.h[0].register_forward_pre_hook(lambda block, x: seen.append(x[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.zeros(1, 4, dtype=torch.long))
+    assert seen == [dtype]
+
+
 def test_rungs_reach_the_same_loss():
     rungs, _ = bench.ladder({**CPU, "no_compile": "not in this test"})
     losses = [bench.measure(r, TINY)["loss"] for r in rungs]

@@ -273,6 +273,7 @@ def test_say_prints_a_line(capsys):
 SIGNALS = """
 import signal, sys
 from common.cli import collect_stop_signals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
 received = collect_stop_signals()
 for name in sys.argv[1:]:
     signal.raise_signal(getattr(signal, name))

@@ -180,7 +180,7 @@ def together(check: Check, data: str, jobs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data_dir")
+    parser.add_argument("data_dir", type=Path)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--jobs", type=int, default=3)
@@ -188,10 +188,11 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["PYTHONUNBUFFERED"] = "1"
     check = Check(args.out_dir.resolve())
+    data = shlex.quote(str(args.data_dir.resolve()))
     if args.only != "together":
-        alone(check, args.data_dir, args.steps)
-    if args.only != "alone":
-        together(check, args.data_dir, args.jobs)
+        alone(check, data, args.steps)
+    if args.only != "alone":  # after `alone`, whose model it uses
+        together(check, data, args.jobs)
     print("\n".join(" | ".join(map(str, row)) for row in check.rows), flush=True)
 
 

@@ -10,6 +10,7 @@ default is measured first and last, so that drift shows.
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import math
@@ -29,7 +30,6 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt2  # noqa: E402
-from bench import float32_stream  # noqa: E402
 from common import hardware  # noqa: E402
 from common.runlog import software  # noqa: E402
 from train_gpt2 import GPT, TrainConfig  # noqa: E402
@@ -38,6 +38,11 @@ BATCH = 524_288  # tokens a step
 
 # -----------------------------------------------------------------------------
 # variants: what to change in the process, in the model, and in how it is compiled
+
+
+def float32_stream(model: GPT) -> None:
+    """Keep the residual stream in float32, as autocast alone does."""
+    model.stream = None
 
 
 def sigmoid_gelu(model: GPT) -> None:
@@ -158,6 +163,7 @@ def measure(
     """Return seconds of each step, the loss of the last, memory and time of the first step."""
     variant = VARIANTS[name]
     torch._dynamo.reset()
+    gc.collect()  # the model before, with its graphs
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     config, T = TrainConfig(), 1024
