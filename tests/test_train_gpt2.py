@@ -172,6 +172,20 @@ def test_the_residual_stream_is_bfloat16_if_the_products_are(small_model, dtype,
     assert {p.grad.dtype for p in small_model.parameters()} == {torch.float32}
 
 
+def test_a_bfloat16_stream_changes_the_gradient_by_about_one_percent():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=12, n_head=2, n_embd=64, block_size=32, vocab_size=300))
+    ids, targets = torch.randint(0, 300, (2, 8, 32))
+    gradients = []
+    for autocast in (CPU.autocast, CPU16.autocast):
+        model.zero_grad()
+        with autocast:
+            model(ids, targets).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    exact, rounded = gradients
+    assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
+
+
 def test_one_batch_can_be_overfitted(small_model):
     x, y = torch.randint(0, 300, (2, 4, 16))
     optimizers = {"optimizer": torch.optim.AdamW(small_model.parameters(), lr=1e-2)}
