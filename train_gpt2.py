@@ -278,7 +278,8 @@ MOST_LOGITS = 2**31 - 1  # in one tensor: with more, kernels would have to count
 class GPT(nn.Module):
     """GPT-2 (Radford et al., 2019), with the parameter names of Hugging Face's GPT2LMHeadModel."""
 
-    stream = torch.bfloat16  # the residual stream, if products are too: half of float32's bytes
+    # The residual stream in training, if products have this dtype too: half of float32's bytes.
+    stream = torch.bfloat16
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -331,9 +332,8 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=idx.device)
         # Attention itself does not know the order of its inputs, so each position adds a vector.
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == self.stream:
-            x = x.to(self.stream)
+        if self.training and torch.is_autocast_enabled(kind := x.device.type):
+            x = x.to(self.stream) if torch.get_autocast_dtype(kind) == self.stream else x
         for i, block in enumerate(self.transformer.h):
             x = block(x, mask, caches[i] if caches else None)
         return self.transformer.ln_f(x)  # (B, T, C)

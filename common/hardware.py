@@ -418,7 +418,9 @@ def fits_in_memory(
             try_micro_step(model, rows, autocast, world_size)
     except OutOfMemory:
         fitted = False
-    if not fitted:  # from Python 3.12 on, the error's traceback keeps the tensors in a cycle
+    if (
+        not fitted
+    ):  # the error's traceback can keep the tensors in a cycle, since Python 3.12 always
         gc.collect()
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
@@ -429,13 +431,14 @@ def try_micro_step(model: nn.Module, rows: int, autocast: torch.autocast, world_
     """Do what a step's second micro-step does, with all the memory that exists then.
 
     In float32 that is 16 bytes a parameter: the weight, its gradient from the first micro-step, and
-    AdamW's two moments. DDP has buckets too, 4 bytes a parameter. Gradients move into them in the
-    last micro-step only, so on several ranks it is 20.
+    AdamW's two moments. On several ranks it is 24. DDP has buckets too, and gradients move into
+    them in the last micro-step only. In the second step it makes new ones. NCCL holds the old ones
+    until its next operation, which is in the last micro-step (ProcessGroupNCCL: shelvesToUnstash_).
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = torch.empty_like(p)
-    ballast = [torch.empty_like(p) for p in parameters for _ in range(2 + (world_size > 1))]
+    ballast = [torch.empty_like(p) for p in parameters for _ in range(2 + 2 * (world_size > 1))]
     T, device = model.config.block_size, parameters[0].device
     x = torch.zeros(rows, T, dtype=torch.long, device=device)
     with torch.compiler.set_stance("force_eager"):

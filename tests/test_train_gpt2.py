@@ -161,7 +161,9 @@ def test_the_loss_in_parts_is_the_loss_of_the_whole(small_model, monkeypatch):
     ("dtype", "stream"),
     [("float32", torch.float32), ("float16", torch.float32), ("bfloat16", torch.bfloat16)],
 )
-def test_the_residual_stream_is_bfloat16_if_the_products_are(small_model, dtype, stream):
+def test_in_training_the_residual_stream_is_bfloat16_if_the_products_are(
+    small_model, dtype, stream
+):
     seen = []
     for block in small_model.transformer.h:
         block.register_forward_hook(lambda block, inputs, x: seen.extend([inputs[0], x]))
@@ -170,6 +172,10 @@ def test_the_residual_stream_is_bfloat16_if_the_products_are(small_model, dtype,
         small_model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
     assert {x.dtype for x in seen} == {stream}
     assert {p.grad.dtype for p in small_model.parameters()} == {torch.float32}
+    seen.clear()
+    with machine.autocast:
+        small_model.eval()(torch.zeros(1, 4, dtype=torch.long))
+    assert {x.dtype for x in seen} == {torch.float32}, "a score needs no speed but exact sums"
 
 
 def test_a_bfloat16_stream_changes_the_gradient_by_about_one_percent():

@@ -4,13 +4,12 @@ Do on a GPU what the README shows, and time it:
     python benchmarks/gpu/check.py DATA_DIR OUT_DIR [--steps 40]
 
 DATA_DIR has token shards. It trains GPT-2 124M with the defaults, alone on the GPU: compile,
-evaluate, score, sample, SIGTERM, --resume. Then, several at a time: float16, the largest GPT-2, out
-of memory on purpose, the same run twice and interrupted, scoring, sampling, export. Every command's
-output goes to OUT_DIR. The table is printed last.
+evaluate, score, sample, SIGTERM, --resume. Then, several at a time: float16, the largest GPT-2, the
+same run twice and interrupted, Muon, scoring, sampling, export. Last, and alone, out of memory on
+purpose. Every command's output goes to OUT_DIR. The table is printed at the end.
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -23,20 +22,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+from common.runlog import METRICS  # noqa: E402
+from plot import Run  # noqa: E402
+
 QUIET = "--eval_every 0 --sample_every 0 --hellaswag_every 0 --checkpoint_every 0"
 
 
 def events(folder: Path, kind: str) -> list[dict]:
     """Return the events of a kind that a run has logged so far."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # half a line: it is being written
-            continue
-    return [event for event in found if event["event"] == kind]
+    return Run(folder).events.get(kind, []) if (folder / METRICS).exists() else []
 
 
 class Check:
@@ -81,18 +76,18 @@ class Check:
 
 def speed(folder: Path, first: int = 5) -> str:
     """Return the median of tokens a second, without the first steps, and what else was logged."""
-    steps = events(folder, "train")
-    rates = [s["batch_tokens"] / s["dt"] for s in steps[first:]]
-    if not rates:
+    steps, run = events(folder, "train"), events(folder, "run")[:1]
+    if len(steps) <= first:
         return f"{len(steps)} steps only"
-    run = events(folder, "run")[0]
-    mfu = statistics.median(rates) * run["flops_per_token"] / (run["peak_flops"] or 1e18)
-    wait = statistics.median(s["data_wait"] for s in steps[first:]) * 1e3
+    rates, wait, mfu = (
+        [step[name] for step in steps[first:]] for name in ("tokens_per_sec", "data_wait", "mfu")
+    )
+    used = f"{statistics.median(mfu):.1%}" if None not in mfu else "unknown"
     return (
-        f"{statistics.median(rates):,.0f} tokens/s ({min(rates):,.0f} to {max(rates):,.0f}), "
-        f"MFU {mfu:.1%}, B {run['micro_batch_size']}, {run['dtype']}, first step "
-        f"{steps[0]['dt']:.1f} s, waited {wait:.2f} ms for data, losses {steps[0]['loss']:.4f} to "
-        f"{steps[-1]['loss']:.4f}, {len(events(folder, 'skip'))} skipped"
+        f"{statistics.median(rates):,.0f} tokens/s ({min(rates):,.0f} to {max(rates):,.0f}), MFU "
+        f"{used}, B {run[0]['micro_batch_size']}, {run[0]['dtype']}, first step "
+        f"{steps[0]['dt']:.1f} s, waited {statistics.median(wait) * 1e3:.2f} ms for data, losses "
+        f"{steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}, {len(events(folder, 'skip'))} skipped"
     )
 
 
