@@ -322,9 +322,12 @@ def climb(config: BenchConfig) -> dict[str, Any]:
                 except BrokenProcessPool:
                     run = "its process was killed, probably because memory ran out"
                 if isinstance(run, str):
-                    left_out[rung.name] = run
+                    left_out[rung.name] = said = run
                 else:
                     runs[rung.name].append(run)
+                    rate = run["batch_tokens"] / statistics.median(run["seconds"])
+                    said = f"{rate:,.0f} tokens/s, loss {run['loss']:.4f}"
+                print(f"    {said}", file=sys.stderr, flush=True)
     names = [FIRST.name, *CHANGES, RECIPE]
     rows = [summary(name, runs.get(name), left_out.get(name, "")) for name in names]
     if all("left_out" in row for row in rows):
@@ -414,7 +417,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     labels = [f"{s:,.0f} ({r['gain_over_first']:.2f}x)" for s, r in zip(speeds, rows, strict=True)]
     axes.bar_label(bars, labels, padding=4)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(speeds) * 1.25)
+    axes.set_xlim(0, max(speeds) * 1.35)
     axes.set_xlabel("tokens a second")
     settings, facts = results["settings"], results["machine"]
     versions = f"{facts['threads']} threads, torch {facts['versions']['torch']}"
