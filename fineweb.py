@@ -14,31 +14,22 @@ So the same command carries on after an interruption, and it can make a single d
 
 import bisect
 import contextlib
-import re
+import itertools
 import shutil
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from common.cli import advice, outlive_console, run_command, say
-from common.corpus import (
-    BadText,
-    Source,
-    Unit,
-    blame,
-    file_kind,
-    find_source,
-    source_units,
-    unit_texts,
-)
+from common.corpus import Source, Unit, file_kind, find_source, source_units
 from common.files import locked
 from common.hub import retry
 from common.paths import local_names, source_folder
@@ -56,8 +47,9 @@ from common.shards import (
     write_manifest,
     write_shard,
 )
-from common.tokenizer import EOT, EOT_TEXT, RANKS_SHA256, encode
-from common.workers import count_cores, worker_pool
+from common.tokenizer import RANKS_SHA256, Engine, choose_engine
+from common.unit_tokens import SAMPLE_CHARS, UnitTokens, WrongIdsError, tokenize_unit
+from common.workers import count_cores, unpack, worker_pool
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -111,55 +103,7 @@ class DataConfig:
 
 
 # -----------------------------------------------------------------------------
-# workers
-
-# The marker on a line of its own, as in TinyStories: the line ends belong to it.
-SEPARATOR = re.compile(rf"(?:\r?\n)?{re.escape(EOT_TEXT)}(?:\r?\n)?")
-BEFORE_DOCUMENT = np.array([EOT], np.uint16)
-
-
-def is_blank(text: str | None) -> bool:
-    return not text or text.isspace()
-
-
-class UnitTokens(NamedTuple):
-    """The tokens of a unit, and what a user wants to know about its text."""
-
-    tokens: np.ndarray  # uint16, with <|endoftext|> before every document
-    counts: Counter  # empty, skipped: texts left out; separators, marks: written <|endoftext|>
-    faults: list[str]  # what was skipped
-
-
-def tokenize_unit(source: Source, unit: Unit, split_eot: str = "auto") -> UnitTokens:
-    """Tokenise one unit. Raises BadText for text that cannot be read, unless the source skips it.
-
-    With `split_eot` (auto: in text files) a written <|endoftext|> separates documents.
-    """
-    path, tokens, counts, faults = source.files[unit.file][0], [], Counter(), []
-    is_txt = file_kind(path)[0] == "txt"
-    splits = is_txt if split_eot == "auto" else split_eot == "on"
-    continues = is_txt and unit.start > 0  # its first text is the rest of a document
-    with blame(path):
-        for text in unit_texts(source, unit):
-            if isinstance(text, BadText):
-                if source.on_error == "stop":
-                    raise BadText(f"{path} {text}; --on_error skip leaves it out")
-                counts["skipped"] += 1
-                faults.append(f"{path} {text}")
-                if is_txt and unit.share < 1:  # what follows in the file is a new document
-                    tokens.append(BEFORE_DOCUMENT)
-            elif is_blank(text) and not continues:
-                counts["empty"] += 1
-            else:
-                if marks := text.count(EOT_TEXT):
-                    counts["separators" if splits else "marks"] += marks
-                for document in SEPARATOR.split(text) if splits and marks else (text,):
-                    if continues:
-                        tokens.append(encode(document))
-                    elif not is_blank(document):
-                        tokens += [BEFORE_DOCUMENT, encode(document)]
-                    continues = False
-    return UnitTokens(np.concatenate(tokens or [BEFORE_DOCUMENT[:0]]), counts, faults)
+# the stream
 
 
 class TokenStream:
@@ -169,12 +113,17 @@ class TokenStream:
     """
 
     def __init__(
-        self, config: DataConfig, source: Source, shard: dict[str, Any] | None, pool: Executor
+        self,
+        config: DataConfig,
+        source: Source,
+        shard: dict[str, Any] | None,
+        pool: Executor,
+        engine: Engine,
     ):
         """Start after a shard, given by its entry in the manifest, or at the beginning."""
         shard = shard or {"end": [0, 0, 0]}
         file, start, self.skip = shard["end"]  # skipped tokens belong to the shard before
-        self.config, self.source, self.pool = config, source, pool
+        self.config, self.source, self.pool, self.engine = config, source, pool, engine
         self.units = source_units(replace(source, retry_minutes=config.retry_minutes), file, start)
         self.in_flight = 2 * config.num_proc + 2  # units at once: a limit on memory
         self.tokens, self.counts = 0, Counter(shard.get("counts", {}))  # counts of the whole source
@@ -183,13 +132,17 @@ class TokenStream:
         self.read, self.to_read = 0.0, sum(size for _, size in source.files[file:])
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        flight, failed = deque(), False
+        flight, failed, compared = deque(), False, set()
 
         def submit(unit: Unit) -> tuple[Unit, Future]:
             # without the other files: to send 20,000 names with every unit took 9 of 10 seconds
             source = replace(self.source, files=(self.source.files[unit.file],))
-            work = source, replace(unit, file=0), self.config.split_eot
-            return unit, self.pool.submit(tokenize_unit, *work)
+            place = unit.file, unit.start
+            if len(compared) < COMPARED_UNITS:
+                compared.add(place)
+            work = source, replace(unit, file=0), self.config.split_eot, self.engine
+            chars = COMPARED_CHARS if place in compared else SAMPLE_CHARS
+            return unit, self.pool.submit(tokenize_unit, *work, chars)
 
         def first_result() -> UnitTokens:
             nonlocal failed
@@ -206,7 +159,8 @@ class TokenStream:
                 flight.append(submit(unit))
             if not flight:
                 return
-            tokens, counts, faults = retry(first_result, self.config.retry_minutes)
+            packed, counts, faults = retry(first_result, self.config.retry_minutes)
+            tokens = unpack(packed)
             unit, _ = flight.popleft()
             self.starts.append((self.tokens, unit.file, unit.start, self.counts))
             self.read += unit.share * self.source.files[unit.file][1]
@@ -241,6 +195,8 @@ COUNTED = {  # what the text had, said at the end
     "marks": "warning: {:,} written <|endoftext|> stay ordinary text (else give --split_eot on)",
 }
 FAULTS_NAMED = 10  # of the lines that --on_error skip leaves out
+COMPARED_UNITS = 2  # the first units of a run, where more ids are compared with tiktoken's:
+COMPARED_CHARS = 1 << 19  # of their characters
 NOT_FINISHED = "is not finished: run the command that made it to carry on"
 AFTER_DISK_FULL = "make room and run the same command to carry on (finished shards are kept)"
 
@@ -324,10 +280,21 @@ def tokenize(config: DataConfig) -> None:
                 check_space(config, source, manifest["tokens"])
             # a pool starts its processes only when there is work
             with worker_pool(config.num_proc) as pool:
-                for index in damaged:
-                    repair_shard(config, manifest, source, index, pool)
-                if not finished:
-                    make_shards(config, manifest, source, pool)
+                engine, missing = choose_engine()
+                if missing and (damaged or not finished):
+                    say(f"note: tokenising with tiktoken, which is ten times slower ({missing})")
+                try:
+                    for index in damaged:
+                        repair_shard(config, manifest, source, index, pool, engine)
+                    if not finished:
+                        make_shards(config, manifest, source, pool, engine)
+                except WrongIdsError as error:
+                    if finished:
+                        raise ValueError(f"{error}: delete {folder} and start again") from None
+                    say(f"{error}: all shards are made again, with tiktoken")
+                    manifest["shards"].clear()
+                    write_manifest(folder, manifest)
+                    make_shards(config, manifest, source, pool, "tiktoken")
         except BrokenProcessPool:
             what = "a worker process died, perhaps because memory ran out"
             raise OSError(f"{what}: try a lower --num_proc") from None
@@ -339,14 +306,18 @@ def tokenize(config: DataConfig) -> None:
 
 
 def make_shards(
-    config: DataConfig, manifest: dict[str, Any], source: Source, pool: Executor
+    config: DataConfig, manifest: dict[str, Any], source: Source, pool: Executor, engine: Engine
 ) -> None:
-    """Write the shards that the manifest does not have yet."""
+    """Write the shards that the manifest does not have yet.
+
+    Two threads write shards while the next one fills.
+    """
     from tqdm import tqdm
 
     shards, done, began = manifest["shards"], manifest["tokens"], time.monotonic()
-    stream = TokenStream(config, source, shards[-1] if shards else None, pool)
-    limit, place = config.max_tokens or 1 << 62, stream.skip
+    stream = TokenStream(config, source, shards[-1] if shards else None, pool, engine)
+    limit, place, names = config.max_tokens or 1 << 62, stream.skip, itertools.count(len(shards))
+    writing, unused = deque(), deque()  # shards: results of `write`, and memory
 
     def pieces() -> Iterator[np.ndarray]:
         # if all tokens are there, this reads the last unit again, for its counts
@@ -355,18 +326,35 @@ def make_shards(
             bar.update(len(tokens))
             yield tokens
 
-    with tqdm(initial=done, unit=" tokens", unit_scale=True, disable=None) as bar:
-        for tokens in pack_shards(pieces(), config.shard_size, stream.skip):
-            name = shard_name(len(shards), config.format)
+    def write(name: str, tokens: np.ndarray, end: dict[str, Any], before: Future | None) -> None:
+        with advice(AFTER_DISK_FULL):
+            sha256 = write_shard(config.folder / name, tokens)
+            if before:
+                before.result()  # the manifest has the shards in their order
+            shards.append({"name": name, "tokens": len(tokens), "sha256": sha256} | end)
+            write_manifest(config.folder, manifest)
+        rate = (manifest["tokens"] - done) / (time.monotonic() - began)
+        say(f"{name}: {len(tokens):,} tokens; {rate:,.0f} tokens a second so far")
+        unused.append(tokens)
+
+    def empty(size: int, dtype: type) -> np.ndarray:
+        # memory that was used before takes a tenth of the time
+        return unused.popleft() if unused else np.empty(size, dtype)
+
+    with (
+        tqdm(initial=done, unit=" tokens", unit_scale=True, disable=None) as bar,
+        ThreadPoolExecutor(2) as writer,
+    ):
+        for tokens in pack_shards(pieces(), config.shard_size, stream.skip, empty):
             place += len(tokens)
-            with advice(AFTER_DISK_FULL):
-                sha256 = write_shard(config.folder / name, tokens)
-                shard = {"name": name, "tokens": len(tokens), "sha256": sha256}
-                shards.append(shard | stream.end(place))
-                write_manifest(config.folder, manifest)
-            rate = (manifest["tokens"] - done) / (time.monotonic() - began)
-            say(f"{name}: {len(tokens):,} tokens; {rate:,.0f} tokens a second so far")
-            del tokens  # frees the memory before the next shard fills
+            if len(writing) == 2:  # at most three shards are in memory
+                writing.popleft().result()
+            before = writing[-1] if writing else None
+            name = shard_name(next(names), config.format)
+            writing.append(writer.submit(write, name, tokens, stream.end(place), before))
+        for written in writing:
+            written.result()
+    unused.clear()  # cut_validation needs memory too
     if not shards:
         what, skipped = f"{' '.join(config.source)} holds no text", stream.counts["skipped"]
         what += f" ({skipped:,} lines skipped)" if skipped else ""
@@ -383,12 +371,17 @@ def make_shards(
 
 
 def repair_shard(
-    config: DataConfig, manifest: dict[str, Any], source: Source, index: int, pool: Executor
+    config: DataConfig,
+    manifest: dict[str, Any],
+    source: Source,
+    index: int,
+    pool: Executor,
+    engine: Engine,
 ) -> None:
     """Make a damaged shard of the manifest again; its sha256 must be the recorded one."""
     shards = manifest["shards"]
     shard, path = shards[index], config.folder / shards[index]["name"]
-    stream = TokenStream(config, source, shards[index - 1] if index else None, pool)
+    stream = TokenStream(config, source, shards[index - 1] if index else None, pool, engine)
     pieces = take_tokens(stream, stream.skip + shard["tokens"])
     tokens = next(pack_shards(pieces, shard["tokens"], stream.skip))
     with advice(AFTER_DISK_FULL):

@@ -13,7 +13,7 @@ import json
 import mmap
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,23 @@ PARTIAL = "manifest.partial.json"  # its name until all shards are written
 
 
 def pack_shards(
-    pieces: Iterable[np.ndarray], shard_size: int, skip: int = 0
+    pieces: Iterable[np.ndarray],
+    shard_size: int,
+    skip: int = 0,
+    empty: Callable[[int, type], np.ndarray] = np.empty,
 ) -> Iterator[np.ndarray]:
     """Yield shards of `shard_size` uint16 tokens; the last holds the rest.
 
     The first `skip` tokens are left out. A full shard is yielded only when there is a token for the
-    next one, so the last shard is never empty.
+    next one, so the last shard is never empty. `empty` gives the memory of a shard.
     """
-    shard, filled = np.empty(shard_size, np.uint16), 0
+    shard, filled = empty(shard_size, np.uint16), 0
     for piece in pieces:
         piece, skip = piece[skip:], max(0, skip - len(piece))
         while len(piece):
             if filled == shard_size:
                 yield shard
-                shard, filled = np.empty(shard_size, np.uint16), 0
+                shard, filled = empty(shard_size, np.uint16), 0
             room = shard_size - filled
             shard[filled : filled + len(piece)] = piece[:room]
             filled, piece = min(shard_size, filled + len(piece)), piece[room:]

@@ -3,10 +3,14 @@
 import contextlib
 import math
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 
 def count_cores() -> int:
@@ -54,6 +58,15 @@ def cgroup_cores(root: Path = Path("/")) -> float:
     return limit
 
 
+def resident_memory() -> int | None:
+    """Return the bytes of memory that this process has now; None where only Linux tells."""
+    try:
+        pages = Path("/proc/self/statm").read_text("ascii").split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 @contextlib.contextmanager
 def worker_pool(num_proc: int) -> Iterator[Executor]:
     """Run worker processes, started with `spawn`, which works on every system.
@@ -63,18 +76,60 @@ def worker_pool(num_proc: int) -> Iterator[Executor]:
     import multiprocessing
 
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_proc, spawn, initializer=start_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        pool = ProcessPoolExecutor(num_proc, spawn, initializer=start_worker, initargs=(scratch,))
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def start_worker() -> None:
+def start_worker(scratch_folder: str) -> None:
     """Ignore Ctrl-C, which the main process handles. End when it ends, even if it is killed."""
+    global scratch
     import multiprocessing
     import threading
 
+    def follow() -> None:
+        parent.join()
+        shutil.rmtree(scratch_folder, ignore_errors=True)
+        os._exit(1)
+
+    scratch = scratch_folder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()
+
+
+# -----------------------------------------------------------------------------
+# large results
+
+scratch: str | None = None  # a worker's folder for results that the main process has not read yet
+Packed = np.ndarray | tuple[str, str]  # an array, or the path and dtype of one
+
+
+def pack(array: np.ndarray) -> Packed:
+    """Return what a worker should return for a large array; `unpack` makes it an array again.
+
+    The array goes through a file, which is mostly deleted before the system writes it to disk. A
+    pool has one pipe for all its workers, and shared memory is 64 MB in many containers.
+    """
+    if scratch is None:  # not in a worker process
+        return array
+    try:
+        file, path = tempfile.mkstemp(dir=scratch)
+        with open(file, "wb") as out:
+            out.write(array.data)
+        return path, array.dtype.str
+    except OSError:  # the disk is full: then through the pipe
+        return array
+
+
+def unpack(packed: Packed) -> np.ndarray:
+    """Return the array that a worker has packed. Its file is deleted."""
+    if isinstance(packed, np.ndarray):
+        return packed
+    path, dtype = packed
+    array = np.fromfile(path, dtype)
+    os.unlink(path)
+    return array

@@ -20,7 +20,7 @@ from common.corpus import Source, find_files, find_source, source_units, unit_te
 from common.formats import BadText, zstd
 from common.hub import HubFile
 from common.tokenizer import EOT, encode
-from fineweb import tokenize_unit
+from common.unit_tokens import tokenize_unit
 
 
 def stream_tokens(source: Source, place: tuple[int, int] = (0, 0)) -> np.ndarray:
@@ -415,6 +415,22 @@ class MemoryFile(HubFile):
     def request(self, begin: int, stop: int) -> bytes:
         self.requests.append((begin, stop))
         return self.contents[begin:stop]
+
+
+def test_a_unit_of_parquet_on_the_hub_is_one_request(monkeypatch):
+    texts = make_texts(600, words=200)
+    data = parquet_bytes(texts, row_group_size=60)
+    monkeypatch.setattr(corpus, "HUB_UNIT_BYTES", 200_000)
+    monkeypatch.setattr(corpus, "HubFile", MemoryFile)
+    monkeypatch.setattr(MemoryFile, "contents", data)
+    monkeypatch.setattr(MemoryFile, "requests", [])
+    source = Source(name="hub", revision="r", files=(("a.parquet", len(data)),), dataset="org/data")
+    units = list(source_units(source, 0, 0))
+    footers = len(MemoryFile.requests)
+    assert footers <= 2 and len(units) >= 4
+    assert [text or "" for unit in units for text in unit_texts(source, unit)] == texts
+    assert len(MemoryFile.requests) == footers + len(units)
+    assert sum(stop - begin for begin, stop in MemoryFile.requests[footers:]) <= len(data)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

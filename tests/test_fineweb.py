@@ -39,11 +39,12 @@ from data_helpers import (
 )
 
 import fineweb
-from common import corpus, shards
+from common import corpus, shards, tokenizer
 from common.corpus import Source, find_files, source_units
 from common.files import locked
 from common.tokenizer import EOT, encode, get_tokenizer
-from common.workers import worker_pool
+from common.unit_tokens import SEPARATOR, tokenize_unit
+from common.workers import unpack, worker_pool
 
 # -----------------------------------------------------------------------------
 # packing
@@ -360,7 +361,7 @@ def test_a_worker_gets_the_name_of_one_file_however_many_there_are(tmp_path):
     source = find_files((str(tmp_path),))
     config = config_for(tmp_path)
     with Pool(2) as pool:
-        tokens = np.concatenate(list(fineweb.TokenStream(config, source, None, pool)))
+        tokens = np.concatenate(list(fineweb.TokenStream(config, source, None, pool, "gigatoken")))
     texts = [Path(path).read_text() for path, _ in source.files]
     assert np.array_equal(tokens, expected_tokens(texts))
 
@@ -370,10 +371,10 @@ def test_workers_import_no_torch(tmp_path):
     source = find_files((str(tmp_path / "t.txt"),))
     with worker_pool(1) as pool:
         (unit,) = source_units(source, 0, 0)
-        tokens = pool.submit(fineweb.tokenize_unit, source, unit).result().tokens
+        tokens = unpack(pool.submit(tokenize_unit, source, unit).result().tokens)
         assert tokens.tolist() == [EOT, *encode("some text")]
         loaded = pool.submit(eval, "sorted(__import__('sys').modules)").result()
-    assert "fineweb" in loaded
+    assert "common.unit_tokens" in loaded
     assert "torch" not in loaded
 
 
@@ -625,9 +626,62 @@ def test_a_large_text_file_is_cut_between_workers_without_changing_a_token(
     source = find_files(config.source)
     assert len(list(source_units(source, 0, 0))) > 20
     fineweb.tokenize(config)
-    pieces = [fineweb.SEPARATOR.sub("", text) for text in fineweb.SEPARATOR.split(stories)]
+    pieces = [SEPARATOR.sub("", text) for text in SEPARATOR.split(stories)]
     expected = expected_tokens([text for text in pieces if text.strip()])
     assert np.array_equal(read_shards(config.folder), expected)
+
+
+# -----------------------------------------------------------------------------
+# two engines
+
+
+def test_without_gigatoken_tiktoken_continues_the_folder_and_the_bytes_are_the_same(
+    tmp_path, threads, capsys, monkeypatch
+):
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 2000)
+    config = config_for(write_jsonl(tmp_path / "t.jsonl", make_texts(60)), shard_size=500)
+    fineweb.tokenize(config)
+    whole = contents(config.folder)
+    assert "tiktoken" not in capsys.readouterr().out
+    for kept, missing in ((3, True), (5, False), (0, True)):
+        manifest = json.loads(whole["manifest.json"])
+        manifest["shards"] = manifest["shards"][:kept]
+        (config.folder / "manifest.json").unlink()
+        shards.write_manifest(config.folder, manifest)
+        with monkeypatch.context() as patch:
+            if missing:
+                patch.setitem(sys.modules, "gigatoken", None)
+            fineweb.tokenize(config)
+        note = "note: tokenising with tiktoken, which is ten times slower ("
+        assert (note in capsys.readouterr().out) == missing
+        assert contents(config.folder) == whole
+
+
+def test_after_a_wrong_id_all_shards_are_made_again_with_tiktoken(
+    tmp_path, threads, capsys, monkeypatch
+):
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 3000)
+    right, texts = tokenizer.Gigatoken.ids, make_texts(60)
+    texts[30] = "not looked at " * 100 + "WRONG"
+    config = config_for(write_jsonl(tmp_path / "t.jsonl", texts), shard_size=500)
+    monkeypatch.setattr(fineweb, "SAMPLE_CHARS", 100)
+    wrong = lambda self, text: right(self, text.replace("WRONG", "wrong"))  # noqa: E731
+    monkeypatch.setattr(tokenizer.Gigatoken, "ids", wrong)
+    fineweb.tokenize(replace(config, max_tokens=16_000))
+    assert not np.array_equal(read_shards(config.folder), expected_tokens(texts)[:16_000])
+    # the same run, but now the fault is also where a unit is compared
+    manifest, _ = shards.read_manifest(config.folder)
+    (config.folder / "manifest.json").unlink()
+    shards.write_manifest(config.folder, {**manifest, "max_tokens": None})
+    texts[50:] = ["WRONG " + text for text in texts[50:]]  # some begin a unit
+    write_jsonl(tmp_path / "t.jsonl", texts)
+    monkeypatch.setattr(fineweb, "run_manifest", lambda config, source, manifest, done: manifest)
+    fineweb.tokenize(config)
+    said = "gigatoken and tiktoken give different ids for a text of"
+    assert f"{said} {tmp_path / 't.jsonl'}: all shards are made again, with tiktoken" in (
+        capsys.readouterr().out
+    )
+    assert np.array_equal(read_shards(config.folder), expected_tokens(texts))
 
 
 # -----------------------------------------------------------------------------

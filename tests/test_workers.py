@@ -9,6 +9,7 @@ import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common import workers
@@ -123,3 +124,59 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     assert count_cores() == 7
+
+
+# -----------------------------------------------------------------------------
+# large results
+
+
+def packed_ones(count: int) -> workers.Packed:
+    return workers.pack(np.ones(count, np.uint16))
+
+
+def packed_on_a_full_disk(count: int) -> workers.Packed:
+    workers.scratch += "/there is no such folder"
+    return packed_ones(count)
+
+
+def test_a_large_result_comes_through_a_file_that_is_deleted():
+    for count in (0, 5, 1_000_000):
+        with worker_pool(1) as pool:
+            path, dtype = pool.submit(packed_ones, count).result()
+            assert Path(path).stat().st_size == 2 * count
+            array = workers.unpack((path, dtype))
+            assert array.dtype == np.uint16 and array.tolist() == [1] * count
+            assert not Path(path).exists() and Path(path).parent.exists()
+        assert not Path(path).parent.exists()
+
+
+def test_without_room_for_a_file_a_result_comes_through_the_pipe():
+    with worker_pool(1) as pool:
+        array = pool.submit(packed_on_a_full_disk, 5).result()
+    assert workers.unpack(array).tolist() == [1] * 5
+    assert workers.pack(array) is array, "only a worker packs"
+
+
+def test_files_of_results_are_deleted_when_the_main_process_is_killed(tmp_path):
+    code = (
+        "import os, signal\n"
+        "from test_workers import packed_ones, worker_pool\n"
+        "with worker_pool(2) as pool:\n"
+        "    print(pool.submit(packed_ones, 5).result()[0], flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    env = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    words = [sys.executable, "-c", code]
+    result = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
+    assert result.stdout.startswith(str(tmp_path)), result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_memory_of_this_process_is_known_on_linux():
+    before = workers.resident_memory()
+    if not Path("/proc/self/statm").exists():
+        assert before is None
+        return
+    array = np.ones(100 << 20, np.uint8)
+    assert 90 << 20 < workers.resident_memory() - before < 200 << 20
+    del array

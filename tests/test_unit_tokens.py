@@ -1,0 +1,70 @@
+"""common/unit_tokens.py: what a worker does with a unit, and gigatoken's ids compared."""
+
+import numpy as np
+import pytest
+from data_helpers import expected_tokens, make_texts, write_jsonl
+
+from common import tokenizer
+from common.corpus import find_files, source_units
+from common.tokenizer import get_gigatoken
+from common.unit_tokens import SAMPLE_CHARS, WrongIdsError, tokenize_unit
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """gigatoken with a fault: the word WRONG has another id."""
+    right = tokenizer.Gigatoken.ids
+
+    def ids(self, text: str) -> np.ndarray:
+        return right(self, text.replace("WRONG", "wrong"))
+
+    monkeypatch.setattr(tokenizer.Gigatoken, "ids", ids)
+
+
+def only_unit(path, texts: list[str]):
+    source = find_files((str(write_jsonl(path, texts)),))
+    [unit] = source_units(source, 0, 0)
+    return source, unit
+
+
+def test_both_engines_give_the_tokens_of_tiktoken(tmp_path):
+    texts = [*make_texts(30), "half a pair \ud800 and a rest"]
+    work = only_unit(tmp_path / "t.jsonl", texts)
+    texts[-1] = texts[-1].replace("\ud800", "\ufffd")
+    for engine in ("tiktoken", "gigatoken"):
+        for compare in (0, 50, 1 << 20):
+            made = tokenize_unit(*work, "auto", engine, compare)
+            assert np.array_equal(made.tokens, expected_tokens(texts))
+            assert made.tokens.dtype == np.uint16
+
+
+@pytest.mark.parametrize("at", [0, SAMPLE_CHARS - 6])
+def test_a_wrong_id_at_the_beginning_of_a_unit_is_found(tmp_path, faulty, at):
+    work = only_unit(tmp_path / "t.jsonl", ["", "x" * at + " WRONG", "more"])
+    with pytest.raises(WrongIdsError, match=r"gigatoken and tiktoken .*t\.jsonl"):
+        tokenize_unit(*work, "auto", "gigatoken")
+    assert len(tokenize_unit(*work, "auto", "tiktoken").tokens)
+
+
+def test_a_wrong_id_is_found_in_as_many_characters_as_are_compared(tmp_path, faulty):
+    texts = [*make_texts(5), "here: WRONG"]
+    work, chars = only_unit(tmp_path / "t.jsonl", texts), sum(map(len, texts))
+    tokenize_unit(*work, "auto", "gigatoken", chars - 6)
+    with pytest.raises(WrongIdsError):
+        tokenize_unit(*work, "auto", "gigatoken", chars)
+
+
+def test_gigatoken_is_used_for_all_but_the_sample(tmp_path, monkeypatch):
+    seen = []
+
+    def ids(text: str) -> np.ndarray:
+        seen.append(len(text))
+        return right(text)
+
+    right = tokenizer.tiktoken_ids
+    monkeypatch.setattr(tokenizer, "tiktoken_ids", ids)
+    monkeypatch.setattr(tokenizer.encode, "__defaults__", (ids,))
+    work = only_unit(tmp_path / "t.jsonl", ["word " * 10_000, "a second text"])
+    tokenize_unit(*work, "auto", "gigatoken")
+    assert seen == [SAMPLE_CHARS]
+    assert get_gigatoken() is get_gigatoken()
