@@ -33,10 +33,10 @@ class HubFile(io.RawIOBase):
         return self.at
 
     def readinto(self, buffer: memoryview) -> int:
-        stop = min(self.size, self.at + len(buffer))
-        if not self.begin <= self.at <= stop <= self.begin + len(self.data):
-            self.fetch(self.at, max(stop, self.at + READ_AHEAD))
-        data = self.data[self.at - self.begin : stop - self.begin]
+        if not self.begin <= self.at < self.begin + len(self.data):
+            self.fetch(self.at, self.at + max(len(buffer), READ_AHEAD))
+        # fewer bytes than asked for, where they end: a buffer asks for more than its reader needs
+        data = self.data[self.at - self.begin : self.at - self.begin + len(buffer)]
         buffer[: len(data)] = data
         self.at += len(data)
         return len(data)
@@ -53,7 +53,7 @@ class HubFile(io.RawIOBase):
         from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT  # default: 10 s without data
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        data = b""
+        data, place = b"", f"bytes {begin}-{stop - 1}/"
         url = hf_hub_url(self.dataset, self.path, repo_type="dataset", revision=self.revision)
         # no compression: a range counts the bytes that are sent
         headers = {"Range": f"bytes={begin}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -62,7 +62,9 @@ class HubFile(io.RawIOBase):
         with hub_errors(self.dataset), stream("GET", url, headers=headers) as response:
             hf_raise_for_status(response)
             if response.status_code == 206:
-                data = response.read()
+                data, sent = response.read(), response.headers.get("Content-Range", place)
+                if not sent.startswith(place):
+                    raise ConnectionError(f"the hub sent {sent}, not {place} of {self.path}")
             elif response.status_code == 200:  # the whole of a small file, which has no ranges
                 data = response.read()[begin:stop]
         if len(data) != stop - begin:

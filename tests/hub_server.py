@@ -92,6 +92,10 @@ class HubHandler(BaseHTTPRequestHandler):
         elif kind == "truncate":  # a complete answer that holds half of the bytes
             self.answer(206, body[: len(body) // 2])
             return True
+        elif kind == "elsewhere":  # as many bytes from another place
+            place = f"bytes 1-{len(body)}/{len(body) + 1}"
+            self.answer(206, b"x" * len(body), Content_Range=place)
+            return True
         self.close_connection = True
         self.connection.close()
         return True
