@@ -1,6 +1,8 @@
 """common/pydocs.py: the docstrings of installed packages as a corpus."""
 
+import ast
 import json
+import textwrap
 
 from common import pydocs
 
@@ -27,6 +29,50 @@ def test_pydocs_are_docstrings_of_libraries_without_repeats(tmp_path, monkeypatc
     one = "One.\n\nTwo.\nThree."
     others = [text for text in texts if text not in many]
     assert sorted(others) in (sorted([one, "B\nx\n\ny."]), sorted([f"{one}\n\nB\nx\n\ny."]))
+
+
+def test_docstrings_are_found_in_every_statement_and_stay_in_the_order_of_ast_walk(
+    tmp_path, monkeypatch
+):
+    source = """
+        {}
+        try:
+            def a(): {}
+        except* OSError:
+            if a:
+                class B:
+                    {}
+                    def c(): {}
+            elif b:
+                async def d(): {}
+            else:
+                def e(): {}
+        else:
+            match a:
+                case 1:
+                    def f(): {}
+        finally:
+            with a, b:
+                for c in d:
+                    while e:
+                        def g(): {}
+                else:
+                    def h(): {}
+        def i(): {}
+        "not\\na\\ndoc\\nstring"
+        x = lambda: 1
+    """
+    texts = [f"{i}\n\n\n." for i in range(source.count("{}"))]
+    # with single quotes too: the escapes make the lines
+    source = textwrap.dedent(source).format(*map(repr, texts))
+    (tmp_path / "module.py").write_text(source)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(pydocs, "PYDOCS_PACKAGES", ())
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    owners = [node for node in ast.walk(ast.parse(source)) if isinstance(node, owners)]
+    expected = [ast.get_docstring(node) for node in owners]
+    assert sorted(expected) == sorted(texts) and expected != texts  # breadth first
+    assert json.loads(pydocs.read_pydocs())["text"] == "\n\n".join(expected)
 
 
 def test_the_revision_names_the_versions_that_change_the_text():
