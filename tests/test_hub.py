@@ -116,7 +116,6 @@ def test_every_fault_of_the_hub_is_survived_with_a_message(hub, tmp_path, calm):
     output = run(*hub_args(tmp_path / "o")).stdout
     assert output.count("trying again in 0.5 s") >= 3
     assert re.search(r"the hub sent \d+ of \d+ bytes", output)  # the truncated answer
-    assert "the hub sent bytes 1-" in output  # and the one from elsewhere
     assert not hub.faults
     assert not hub.api_faults
     assert contents(tmp_path / "o") == calm
