@@ -31,7 +31,7 @@ import numpy as np
 from common.cli import advice, outlive_console, run_command, say
 from common.corpus import Source, Unit, file_kind, find_source, source_units
 from common.files import locked
-from common.hub import retry
+from common.hub import AHEAD, retry
 from common.paths import local_names, source_folder
 from common.shards import (
     CUT,
@@ -126,23 +126,35 @@ class TokenStream:
         self.config, self.source, self.pool, self.engine = config, source, pool, engine
         self.units = source_units(replace(source, retry_minutes=config.retry_minutes), file, start)
         self.in_flight = 2 * config.num_proc + 2  # units at once: a limit on memory
+        self.ahead = AHEAD * config.num_proc if source.dataset else 0  # units known before that
         self.tokens, self.counts = 0, Counter(shard.get("counts", {}))  # counts of the whole source
         # per unit: tokens before it in the stream, file, start, counts before it
         self.starts = [(0, file, start, self.counts)]
         self.read, self.to_read = 0.0, sum(size for _, size in source.files[file:])
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        flight, failed, compared = deque(), False, set()
+        flight, failed, later, submitted = deque(), False, deque(), itertools.count()
+
+        def next_units() -> Iterator[Unit]:
+            for unit in self.units:
+                later.append(unit)
+                if len(later) > self.ahead:
+                    yield later.popleft()
+            while later:
+                yield later.popleft()
+
+        def alone(unit: Unit) -> tuple[Source, Unit]:
+            # without the other files: to send 20,000 names with every unit took 9 of 10 seconds
+            files = (self.source.files[unit.file],)
+            return replace(self.source, files=files), replace(unit, file=0)
 
         def submit(unit: Unit) -> tuple[Unit, Future]:
-            # without the other files: to send 20,000 names with every unit took 9 of 10 seconds
-            source = replace(self.source, files=(self.source.files[unit.file],))
-            place = unit.file, unit.start
-            if len(compared) < COMPARED_UNITS:
-                compared.add(place)
-            work = source, replace(unit, file=0), self.config.split_eot, self.engine
-            chars = COMPARED_CHARS if place in compared else SAMPLE_CHARS
-            return unit, self.pool.submit(tokenize_unit, *work, chars)
+            chars = COMPARED_CHARS if next(submitted) < COMPARED_UNITS else SAMPLE_CHARS
+            # the next units of the same worker, if the workers take turns
+            nexts = list(later)[self.config.num_proc - 1 :: self.config.num_proc]
+            nexts = [alone(each) for each in nexts if not (each.data or each.texts)]
+            how = self.config.split_eot, self.engine, chars, nexts
+            return unit, self.pool.submit(tokenize_unit, *alone(unit), *how)
 
         def first_result() -> UnitTokens:
             nonlocal failed
@@ -154,8 +166,9 @@ class TokenStream:
             failed = False
             return result
 
+        units = next_units()
         while True:
-            while len(flight) < self.in_flight and (unit := next(self.units, None)):
+            while len(flight) < self.in_flight and (unit := next(units, None)):
                 flight.append(submit(unit))
             if not flight:
                 return
@@ -279,7 +292,7 @@ def tokenize(config: DataConfig) -> None:
             if not finished and source.name != "pydocs":
                 check_space(config, source, manifest["tokens"])
             # a pool starts its processes only when there is work
-            with worker_pool(config.num_proc) as pool:
+            with worker_pool(config.num_proc, in_turn=bool(source.dataset)) as pool:
                 engine, missing = choose_engine()
                 if missing and (damaged or not finished):
                     say(f"note: tokenising with tiktoken, which is ten times slower ({missing})")

@@ -297,7 +297,22 @@ def bytes_texts(
         yield decode_text(data, start)
 
 
+def read_ahead(source: Source, unit: Unit) -> None:
+    """Begin to download what a later `unit_texts` reads, if it is a range of a file on the hub."""
+    path, size = source.files[unit.file]
+    kind, compression = file_kind(path)
+    if unit.data or unit.texts or compression:
+        return
+    if kind == "parquet":
+        file = open_parquet(source, unit.file)
+        file.raw.raw.fetch_ahead(*file.span(unit.start, unit.stop))
+    elif kind != "csv" and not is_small(source, unit.file):
+        begin, stop = max(0, unit.start - CONTEXT), unit.stop + TAIL
+        HubFile(source.dataset, source.revision, path, size, 0).fetch_ahead(begin, stop)
+
+
 CONTEXT = 16  # bytes before a place that tell whether a text can be cut there
+TAIL = 1 << 16  # bytes after a range: most last lines end within them
 
 
 def read_part(source: Source, unit: Unit) -> tuple[bytes, int]:
@@ -305,8 +320,7 @@ def read_part(source: Source, unit: Unit) -> tuple[bytes, int]:
     path, size = source.files[unit.file]
     cut = text_cut if file_kind(path)[0] == "txt" else line_start
     begin = max(0, unit.start - CONTEXT)
-    # most last lines end within 64 KiB
-    data = read_range(source, unit.file, begin, unit.stop + (1 << 16))
+    data = read_range(source, unit.file, begin, unit.stop + TAIL)
     first = cut(data, unit.start - begin) if unit.start else 0
     if first is None or begin + first >= unit.stop:
         return b"", unit.start
@@ -348,17 +362,27 @@ class ParquetText:
         self.chunks = [group.column(place) for group in groups]
         self.first_rows = list(itertools.accumulate((g.num_rows for g in groups), initial=0))
 
+    def groups(self, start: int, stop: int) -> range:
+        """Return the row groups that hold rows start to stop."""
+        return range(self.group_of(start), bisect.bisect_left(self.first_rows, stop))
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the bytes of rows start to stop: of all columns, as most bytes are text."""
+        groups = self.groups(start, stop)
+        first, last = self.chunks[groups[0]], self.chunks[groups[-1]]
+        begin, end = (c.dictionary_page_offset or c.data_page_offset for c in (first, last))
+        return begin, end + last.total_compressed_size
+
     def texts(self, start: int, stop: int) -> Iterator[str | BadText | None]:
         """Yield the texts of rows start to stop."""
         import pyarrow.compute
 
-        groups = range(self.group_of(start), bisect.bisect_left(self.first_rows, stop))
+        groups = self.groups(start, stop)
         row = self.first_rows[groups[0]]
         if self.source.dataset:
-            first, last = self.chunks[groups[0]], self.chunks[groups[-1]]
-            begin, end = (c.dictionary_page_offset or c.data_page_offset for c in (first, last))
-            if (end := end + last.total_compressed_size) - begin < BIG_ROW_GROUP:
-                self.raw.raw.fetch(begin, end)  # fetches all columns: most bytes are text
+            begin, end = self.span(start, stop)
+            if end - begin < BIG_ROW_GROUP:
+                self.raw.raw.fetch(begin, end)
         for batch in self.file.iter_batches(256, groups, [self.source.text_column]):
             top, *inside = self.place
             column = batch.column(top)
@@ -406,5 +430,5 @@ class ParquetText:
             yield unit(rows)
 
 
-# a worker's next unit is usually in the same file
-open_parquet = functools.lru_cache(maxsize=1)(ParquetText)
+# a worker's next unit is usually in the same file, or the next one
+open_parquet = functools.lru_cache(maxsize=2)(ParquetText)

@@ -7,11 +7,17 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from common.cli import say
 
 READ_AHEAD = 8 << 20  # bytes in a request when a file is read from start to end
+
+# requests that were begun before their bytes are needed: by path, begin, stop
+ahead: dict[tuple[str, int, int], Future] = {}
+downloads = functools.cache(lambda: ThreadPoolExecutor(AHEAD))
+AHEAD = 2  # at once
 
 
 class HubFile(io.RawIOBase):
@@ -45,7 +51,19 @@ class HubFile(io.RawIOBase):
         """Get the bytes from begin to stop in one request; the reads that follow use them."""
         self.begin, self.data = begin, b""
         if begin < (stop := min(stop, self.size)):
-            self.data = retry(lambda: self.request(begin, stop), self.retry_minutes)
+            begun = ahead.pop((self.path, begin, stop), None)
+            if begun and not begun.exception():
+                self.data = begun.result()
+            else:
+                self.data = retry(lambda: self.request(begin, stop), self.retry_minutes)
+
+    def fetch_ahead(self, begin: int, stop: int) -> None:
+        """Begin the request of a later `fetch` in a thread. If it fails, `fetch` makes it again."""
+        place = self.path, begin, min(stop, self.size)
+        if place not in ahead:
+            while len(ahead) > AHEAD:  # of units that another worker got
+                ahead.pop(next(iter(ahead)))
+            ahead[place] = downloads().submit(self.request, *place[1:])
 
     def request(self, begin: int, stop: int) -> bytes:
         """Return the bytes from begin to stop. Raises ConnectionError if trying again may help."""

@@ -1,12 +1,14 @@
 """From a unit of a source to its tokens: the work of fineweb.py's worker processes."""
 
+import contextlib
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from common.corpus import BadText, Source, Unit, blame, file_kind, unit_texts
+from common.corpus import BadText, Source, Unit, blame, file_kind, read_ahead, unit_texts
 from common.tokenizer import EOT, EOT_TEXT, Engine, encode, engine_ids
 from common.workers import Packed, pack
 
@@ -38,12 +40,17 @@ def tokenize_unit(
     split_eot: str = "auto",
     engine: Engine = "tiktoken",
     compare: int = SAMPLE_CHARS,
+    following: Iterable[tuple[Source, Unit]] = (),
 ) -> UnitTokens:
     """Tokenise one unit. Raises BadText for text that cannot be read, unless the source skips it.
 
     With `split_eot` (auto: in text files) a written <|endoftext|> separates documents. If gigatoken
     gives other ids than tiktoken in the first `compare` characters, this raises WrongIdsError.
+    Meanwhile the `following` units of this worker are downloaded.
     """
+    for later in following:
+        with contextlib.suppress(ConnectionError, TimeoutError):  # it is tried again in its turn
+            read_ahead(*later)
     path, tokens, counts, faults = source.files[unit.file][0], [], Counter(), []
     is_txt = file_kind(path)[0] == "txt"
     splits = is_txt if split_eot == "auto" else split_eot == "on"

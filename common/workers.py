@@ -1,14 +1,16 @@
 """Worker processes: how many, how they start, and how they end."""
 
 import contextlib
+import itertools
 import math
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -67,17 +69,37 @@ def resident_memory() -> int | None:
         return None
 
 
+class InTurn(Executor):
+    """Executors that get the tasks in turns: task k goes to executor k modulo their number."""
+
+    def __init__(self, executors: list[Executor]):
+        self.executors = executors
+        self.turns = itertools.cycle(executors)
+
+    def submit(self, *task: Any, **settings: Any) -> Future:
+        return next(self.turns).submit(*task, **settings)
+
+    def shutdown(self, *args: Any, **settings: Any) -> None:
+        for executor in self.executors:
+            executor.shutdown(*args, **settings)
+
+
 @contextlib.contextmanager
-def worker_pool(num_proc: int) -> Iterator[Executor]:
+def worker_pool(num_proc: int, in_turn: bool = False) -> Iterator[Executor]:
     """Run worker processes, started with `spawn`, which works on every system.
 
-    If a worker dies, the results that are missing raise BrokenProcessPool.
+    If a worker dies, the results that are missing raise BrokenProcessPool. With `in_turn` worker k
+    gets the tasks k, k + num_proc, …; else the next task goes to the worker that is free first.
     """
     import multiprocessing
 
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        pool = ProcessPoolExecutor(num_proc, spawn, initializer=start_worker, initargs=(scratch,))
+        settings = dict(mp_context=spawn, initializer=start_worker, initargs=(scratch,))
+        if in_turn:
+            pool = InTurn([ProcessPoolExecutor(1, **settings) for _ in range(num_proc)])
+        else:
+            pool = ProcessPoolExecutor(num_proc, **settings)
         try:
             yield pool
         finally:

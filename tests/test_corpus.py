@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from data_helpers import expected_tokens, make_texts, parquet_bytes, write_jsonl
 
-from common import corpus
+from common import corpus, hub
 from common.corpus import Source, find_files, find_source, source_units, unit_texts
 from common.formats import BadText, zstd
 from common.hub import HubFile
@@ -456,3 +456,43 @@ def test_a_range_of_a_file_on_the_hub_is_one_request(monkeypatch, name):
     (unit,) = source_units(source, 0, 0)
     list(unit_texts(source, unit))
     assert MemoryFile.requests == [(0, len(data))]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt"])
+def test_a_unit_that_was_read_ahead_needs_no_request_and_a_failed_one_is_repeated(
+    monkeypatch, name
+):
+    texts = [text.strip() or "x" for text in make_texts(400, words=200)][5:-1]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    data = {"a.parquet": parquet_bytes(texts), "a.jsonl": lines, "a.txt": " ".join(texts).encode()}
+    data, failing = data[name], []
+    monkeypatch.setattr(corpus, "HUB_UNIT_BYTES", 100_000)
+    monkeypatch.setattr(corpus, "HubFile", MemoryFile)
+    monkeypatch.setattr(MemoryFile, "contents", data)
+    monkeypatch.setattr(MemoryFile, "requests", [])
+
+    def request(self, begin: int, stop: int) -> bytes:
+        self.requests.append((begin, stop))
+        if failing:
+            raise ConnectionError(failing.pop())
+        return self.contents[begin:stop]
+
+    monkeypatch.setattr(MemoryFile, "request", request)
+    source = Source(name="hub", revision="r", files=((name, len(data)),), dataset="org/data")
+    units = list(source_units(source, 0, 0))[1:4]
+    plain = [list(unit_texts(source, unit)) for unit in units]
+    for faults in ([], ["the hub answers 503"]):
+        MemoryFile.requests.clear()
+        failing.extend(faults)
+        corpus.read_ahead(source, units[0])
+        corpus.read_ahead(source, units[0])
+        corpus.read_ahead(source, units[1])
+        hub.downloads().submit(int).result()  # the requests are made in threads
+        assert len(MemoryFile.requests) <= 2
+        assert [list(unit_texts(source, unit)) for unit in units[:2]] == plain[:2]
+        assert len(MemoryFile.requests) == 2 + len(faults) and not hub.ahead
+    for unit in units * 2:  # another worker may get them: they are forgotten
+        corpus.read_ahead(source, unit)
+    assert len(hub.ahead) <= hub.AHEAD + 1
+    assert [list(unit_texts(source, unit)) for unit in units] == plain
+    hub.ahead.clear()

@@ -88,7 +88,7 @@ def threads(monkeypatch):
     """Use threads instead of worker processes, which take longer to start."""
 
     @contextlib.contextmanager
-    def thread_pool(num_proc: int):
+    def thread_pool(num_proc: int, in_turn: bool = False):
         with ThreadPoolExecutor(num_proc) as pool:
             yield pool
 
@@ -324,7 +324,7 @@ def test_a_run_killed_at_any_moment_gives_the_same_bytes(jsonl, tmp_path, kills)
         if (folder / "manifest.partial.json").exists():
             recorded = len(json.loads((folder / "manifest.partial.json").read_text())["shards"])
         whole = len(list(folder.glob("*.npy"))) if folder.exists() else 0
-        assert recorded in (whole, whole - 1) or not whole  # at most one shard of work is lost
+        assert whole - 2 <= recorded <= whole or not whole  # two shards are written at a time
         stopped += interrupt(args, folder, rng, signal.SIGKILL if i % 3 else signal.SIGINT)
         if (folder / "manifest.json").exists():
             (folder / ".lock").unlink(missing_ok=True)  # killed between the last two actions

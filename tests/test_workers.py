@@ -126,6 +126,14 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch):
     assert count_cores() == 7
 
 
+def test_workers_that_take_turns_get_every_nth_task():
+    with worker_pool(3, in_turn=True) as pool:
+        pids = [task.result() for task in [pool.submit(os.getpid) for _ in range(9)]]
+        assert pids == pids[:3] * 3 and len(set(pids)) == 3
+        with pytest.raises(BrokenProcessPool):
+            pool.submit(os._exit, 1).result(timeout=30)
+
+
 # -----------------------------------------------------------------------------
 # large results
 
