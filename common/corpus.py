@@ -305,7 +305,9 @@ def read_ahead(source: Source, unit: Unit) -> None:
         return
     if kind == "parquet":
         file = open_parquet(source, unit.file)
-        file.raw.raw.fetch_ahead(*file.span(unit.start, unit.stop))
+        begin, stop = file.span(unit.start, unit.stop)
+        if stop - begin < BIG_ROW_GROUP:
+            file.raw.raw.fetch_ahead(begin, stop)
     elif kind != "csv" and not is_small(source, unit.file):
         begin, stop = max(0, unit.start - CONTEXT), unit.stop + TAIL
         HubFile(source.dataset, source.revision, path, size, 0).fetch_ahead(begin, stop)

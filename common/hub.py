@@ -14,10 +14,9 @@ from common.cli import say
 
 READ_AHEAD = 8 << 20  # bytes in a request when a file is read from start to end
 
-# requests that were begun before their bytes are needed: by path, begin, stop
-ahead: dict[tuple[str, int, int], Future] = {}
+AHEAD = 2  # requests that a worker begins before it needs their bytes
+ahead: dict[tuple[str, int, int], Future] = {}  # by path, begin, stop
 downloads = functools.cache(lambda: ThreadPoolExecutor(AHEAD))
-AHEAD = 2  # at once
 
 
 class HubFile(io.RawIOBase):

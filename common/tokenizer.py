@@ -158,8 +158,8 @@ def engine_ids(engine: Engine) -> Callable[[str], np.ndarray]:
 def choose_engine() -> tuple[Engine, str]:
     """Return the fastest engine that can be imported here, and why it is not gigatoken."""
     try:
-        import gigatoken  # noqa: F401
-    except Exception as error:  # not installed, or made for another system
+        from gigatoken import Tokenizer  # noqa: F401
+    except Exception as error:  # not installed, another version, or made for another system
         return "tiktoken", str(error)
     return "gigatoken", ""
 

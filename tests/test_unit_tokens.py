@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from data_helpers import expected_tokens, make_texts, write_jsonl
 
-from common import tokenizer
+from common import tokenizer, unit_tokens
 from common.corpus import find_files, source_units
 from common.tokenizer import get_gigatoken
 from common.unit_tokens import SAMPLE_CHARS, WrongIdsError, tokenize_unit
@@ -68,3 +68,14 @@ def test_gigatoken_is_used_for_all_but_the_sample(tmp_path, monkeypatch):
     tokenize_unit(*work, "auto", "gigatoken")
     assert seen == [SAMPLE_CHARS]
     assert get_gigatoken() is get_gigatoken()
+
+
+def test_what_is_wrong_with_a_later_unit_does_not_stop_this_one(tmp_path, monkeypatch):
+    def broken(source: object, unit: object) -> None:
+        raise ValueError(f"{unit} is damaged")
+
+    monkeypatch.setattr(unit_tokens, "read_ahead", broken)
+    texts = make_texts(5)
+    work = only_unit(tmp_path / "t.jsonl", texts)
+    made = tokenize_unit(*work, "auto", "gigatoken", 100, [work, work])
+    assert np.array_equal(made.tokens, expected_tokens(texts))
