@@ -150,8 +150,7 @@ class TokenStream:
 
         def submit(unit: Unit) -> tuple[Unit, Future]:
             chars = COMPARED_CHARS if next(submitted) < COMPARED_UNITS else SAMPLE_CHARS
-            # the next units of the same worker, if the workers take turns
-            nexts = list(later)[self.config.num_proc - 1 :: self.config.num_proc]
+            nexts = list(later)[self.config.num_proc - 1 :: self.config.num_proc]  # of its worker
             nexts = [alone(each) for each in nexts if not (each.data or each.texts)]
             how = self.config.split_eot, self.engine, chars, nexts
             return unit, self.pool.submit(tokenize_unit, *alone(unit), *how)
@@ -208,8 +207,7 @@ COUNTED = {  # what the text had, said at the end
     "marks": "warning: {:,} written <|endoftext|> stay ordinary text (else give --split_eot on)",
 }
 FAULTS_NAMED = 10  # of the lines that --on_error skip leaves out
-COMPARED_UNITS = 2  # the first units of a run, where more ids are compared with tiktoken's:
-COMPARED_CHARS = 1 << 19  # of their characters
+COMPARED_UNITS, COMPARED_CHARS = 2, 1 << 19  # first units of a run, with more ids compared
 NOT_FINISHED = "is not finished: run the command that made it to carry on"
 AFTER_DISK_FULL = "make room and run the same command to carry on (finished shards are kept)"
 
@@ -293,7 +291,8 @@ def tokenize(config: DataConfig) -> None:
                 check_space(config, source, manifest["tokens"])
             # a pool starts its processes only when there is work
             with worker_pool(config.num_proc, in_turn=bool(source.dataset)) as pool:
-                engine, missing = choose_engine()
+                differs = manifest.get("differs")  # from an earlier run that was stopped
+                engine, missing = ("tiktoken", differs) if differs else choose_engine()
                 if missing and (damaged or not finished):
                     say(f"note: tokenising with tiktoken, which is ten times slower ({missing})")
                 try:
@@ -305,7 +304,7 @@ def tokenize(config: DataConfig) -> None:
                     if finished:
                         raise ValueError(f"{error}: delete {folder} and start again") from None
                     say(f"{error}: all shards are made again, with tiktoken")
-                    manifest["shards"].clear()
+                    manifest |= {"shards": [], "differs": str(error)}
                     write_manifest(folder, manifest)
                     make_shards(config, manifest, source, pool, "tiktoken")
         except BrokenProcessPool:
@@ -373,6 +372,7 @@ def make_shards(
         what += f" ({skipped:,} lines skipped)" if skipped else ""
         raise ValueError(f"{what}: check the file, or --text_column")
     manifest |= {"counts": stream.counts} if stream.counts else {}
+    manifest.pop("differs", None)
     with advice(AFTER_DISK_FULL):
         if manifest["tokens"] < VAL_SHARE * config.shard_size:
             cut_validation(config.folder, manifest)

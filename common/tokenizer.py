@@ -140,7 +140,7 @@ class Gigatoken:
             data = text.encode()
         except UnicodeEncodeError:  # half a surrogate pair
             return tiktoken_ids(text)
-        # to look for their first bytes takes a hundredth of the time
+        # their first bytes are found faster than they are
         rare = b"\xe0" in data or b"\xea" in data or b"\xf0" in data
         if rare and UNICODE_17.search(text):
             return tiktoken_ids(text)

@@ -682,6 +682,19 @@ def test_after_a_wrong_id_all_shards_are_made_again_with_tiktoken(
         capsys.readouterr().out
     )
     assert np.array_equal(read_shards(config.folder), expected_tokens(texts))
+    # stopped while it makes them again: the next run stays with tiktoken, and the end is the same
+    whole = contents(config.folder)
+    manifest = json.loads(whole["manifest.json"])
+    assert "differs" not in manifest
+    (config.folder / "manifest.json").unlink()
+    partial = {**manifest, "shards": manifest["shards"][:3], "differs": said}
+    shards.write_manifest(config.folder, partial)
+    monkeypatch.setattr(tokenizer, "get_gigatoken", lambda: pytest.fail("gigatoken is used"))
+    fineweb.tokenize(config)
+    assert f"note: tokenising with tiktoken, which is ten times slower ({said})" in (
+        capsys.readouterr().out
+    )
+    assert contents(config.folder) == whole
 
 
 # -----------------------------------------------------------------------------
