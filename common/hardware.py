@@ -418,10 +418,8 @@ def fits_in_memory(
             try_micro_step(model, rows, autocast, world_size)
     except OutOfMemory:
         fitted = False
-    if (
-        not fitted
-    ):  # the error's traceback can keep the tensors in a cycle, since Python 3.12 always
-        gc.collect()
+    if not fitted:
+        gc.collect()  # the error's traceback can hold the tensors in a cycle (Python 3.12 does)
     model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     return fitted
