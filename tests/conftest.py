@@ -1,14 +1,16 @@
 """Helpers for several test files: small shards and models, a short run, the command lines."""
 
+import contextlib
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,17 @@ RUN = dict(
     **SMALL, total_batch_size=256, micro_batch_size=4, max_steps=10, max_lr=3e-3,
     eval_every=5, sample_every=0, val_tokens=512, device="cpu", dtype="float32", compile="off",
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """End every file at 10 kB, only in the block: the output of pytest may be a file too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write_shards(folder: Path, lengths: dict[str, int], vocab_size: int = 300) -> Path:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import os
-import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, all_files, save, spread
+from conftest import SMALL, all_files, full_disk, save, spread
 
 from common.checkpoint import (
     RUN_KEYS,
@@ -70,14 +69,9 @@ def test_weights_that_are_not_finite_are_never_written(model, tmp_path, bad):
 def test_a_full_disk_is_named_and_leaves_the_earlier_checkpoint(model, tmp_path):
     path = save(model, tmp_path / "ckpt_000001.pt")
     before = all_files(tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # files end at 10 kB
-    try:
-        for target in path, tmp_path / "ckpt_000002.pt":
-            with pytest.raises(OSError, match="File too large"):
-                save(model, target)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for target in path, tmp_path / "ckpt_000002.pt":
+        with full_disk(), pytest.raises(OSError, match="File too large"):
+            save(model, target)
     assert all_files(tmp_path) == before
 
 

@@ -1,13 +1,11 @@
 """The command that converts checkpoints to Hugging Face folders and back."""
 
-import resource
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, all_files, read_metrics, run_train, save, spread
+from conftest import SMALL, all_files, full_disk, read_metrics, run_train, save, spread
 
 from common.cli import explain, plain
 from common.huggingface import write_huggingface
@@ -76,24 +74,16 @@ def test_weights_that_are_not_finite_give_no_checkpoint(model, tmp_path):
     assert all_files(tmp_path) == before
 
 
-@pytest.fixture
-def fill_disk():
-    """Let every file that is written from now on end at 10 kB."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("direction", ["to a folder", "to a checkpoint"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
-    model: GPT, folder: Path, tmp_path: Path, fill_disk: Callable[[], None], direction: str
+    model: GPT, folder: Path, tmp_path: Path, direction: str
 ):
     source, target = save(model, tmp_path / "ckpt_000001.pt"), tmp_path / "new"
     if direction == "to a checkpoint":
         source, target = folder, tmp_path / "new.pt"
     before = all_files(tmp_path)
-    fill_disk()
-    with pytest.raises(OSError, match=rf"{target.name} could not be written .*File too large") as e:
+    message = rf"{target.name} could not be written .*File too large"
+    with full_disk(), pytest.raises(OSError, match=message) as e:
         export(ExportConfig(source=str(source), target=target))
     assert str(e.value).endswith(": give another target, or make room")
     assert all_files(tmp_path) == before
