@@ -383,7 +383,9 @@ class ParquetText:
             begin, end = self.span(start, stop)
             if end - begin < BIG_ROW_GROUP:
                 self.raw.raw.fetch(begin, end)
-        for batch in self.file.iter_batches(256, groups, [self.source.text_column]):
+        # its threads would only compete with the other workers
+        batches = self.file.iter_batches(256, groups, [self.source.text_column], use_threads=False)
+        for batch in batches:
             top, *inside = self.place
             column = batch.column(top)
             if inside:
