@@ -3,6 +3,7 @@
 It answers only the requests that `datasets` and `huggingface_hub` make to find and read a data set.
 """
 
+import functools
 import hashlib
 import json
 import socket
@@ -47,6 +48,11 @@ class HubServer:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+@functools.lru_cache(1000)  # it took more time than to send the bytes
+def etag(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -198,7 +204,7 @@ class HubHandler(BaseHTTPRequestHandler):
         if name not in self.hub.files:
             return self.missing("EntryNotFound")
         data = self.hub.files[name]
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": revision}
+        headers = {"ETag": f'"{etag(data)}"', "X_Repo_Commit": revision}
         if small:
             return self.answer(200, data, **headers)
         # the real hub too sends clients to another address for large files
