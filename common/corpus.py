@@ -40,7 +40,7 @@ from common.tokenizer import text_cut
 # the files of a source
 
 UNIT_BYTES = 2 << 20  # of text: 0.02 s of work, so small sources keep all cores busy too
-HUB_UNIT_BYTES = 16 << 20  # one request; 3,000 requests for 10BT, the hub's limit for 5 minutes
+HUB_UNIT_BYTES = 16 << 20  # of text, about 10 MB of parquet: one request, and so 2,700 for 10BT
 BIG_ROW_GROUP = 64 << 20  # the main process reads a larger one and sends its texts to workers
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 from common.cli import say
 
@@ -17,6 +18,8 @@ READ_AHEAD = 8 << 20  # bytes in a request when a file is read from start to end
 AHEAD = 2  # requests that a worker begins before it needs their bytes
 ahead: dict[tuple[str, int, int], Future] = {}  # by path, begin, stop
 downloads = functools.cache(lambda: ThreadPoolExecutor(AHEAD))
+
+moved: dict[str, str] = {}  # address of a file on the hub, and where the hub has sent us
 
 
 class HubFile(io.RawIOBase):
@@ -65,16 +68,34 @@ class HubFile(io.RawIOBase):
             ahead[place] = downloads().submit(self.request, *place[1:])
 
     def request(self, begin: int, stop: int) -> bytes:
-        """Return the bytes from begin to stop. Raises ConnectionError if trying again may help."""
+        """Return the bytes from begin to stop. Raises ConnectionError if trying again may help.
+
+        The hub answers with an address on another server, good for about an hour. The next time
+        that server is asked at once: the hub allows only 3,000 requests in five minutes.
+        """
         from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
+
+        url = hf_hub_url(self.dataset, self.path, repo_type="dataset", revision=self.revision)
+        if address := moved.get(url):
+            with contextlib.suppress(ConnectionError, ValueError):
+                return self.ask(address, {}, begin, stop)[0]
+            moved.pop(url, None)
+        data, address = self.ask(url, build_hf_headers(), begin, stop)
+        if urlsplit(address).hostname != urlsplit(url).hostname:
+            if len(moved) > 20:  # files that were read long ago
+                moved.clear()
+            moved[url] = address
+        return data
+
+    def ask(self, url: str, headers: dict[str, str], begin: int, stop: int) -> tuple[bytes, str]:
+        """Return the bytes from begin to stop, and the address that sent them."""
         from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT  # default: 10 s without data
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub.utils import get_session, hf_raise_for_status
 
         data, place = b"", f"bytes {begin}-{stop - 1}/"
-        url = hf_hub_url(self.dataset, self.path, repo_type="dataset", revision=self.revision)
         # no compression: a range counts the bytes that are sent
-        headers = {"Range": f"bytes={begin}-{stop - 1}", "Accept-Encoding": "identity"}
-        headers = {**build_hf_headers(), **headers}
+        headers = {**headers, "Range": f"bytes={begin}-{stop - 1}", "Accept-Encoding": "identity"}
         stream = functools.partial(get_session().stream, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
         with hub_errors(self.dataset), stream("GET", url, headers=headers) as response:
             hf_raise_for_status(response)
@@ -88,7 +109,7 @@ class HubFile(io.RawIOBase):
             raise ConnectionError(
                 f"the hub sent {len(data)} of {stop - begin} bytes of {self.path}"
             )
-        return data
+        return data, str(response.url)
 
 
 @contextlib.contextmanager

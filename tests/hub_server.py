@@ -36,6 +36,8 @@ class HubServer:
         self.tokens: set[str | None] = set()  # Authorization headers received
         self.encodings: set[str | None] = set()  # Accept-Encoding headers of requests for a range
         self.stall_seconds = 60.0
+        self.signature = 0  # in the address of a large file; an older one is refused
+        self.cdn_tokens: set[str | None] = set()  # Authorization headers that came with those
         handler = type("Handler", (HubHandler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -127,7 +129,12 @@ class HubHandler(BaseHTTPRequestHandler):
             revision, _, name = path.split("/resolve/")[1].partition("/")
             self.resolve(revision, name)
         elif path.startswith("/cdn/"):
-            self.content(path.removeprefix("/cdn/"))
+            self.hub.cdn_tokens.add(self.headers.get("Authorization"))
+            signature, _, name = path.removeprefix("/cdn/").partition("/")
+            if int(signature) < self.hub.signature:
+                self.answer(403, b"<Error><Code>AccessDenied</Code></Error>")
+            else:
+                self.content(name)
         else:
             self.api(b"")
 
@@ -207,9 +214,11 @@ class HubHandler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag(data)}"', "X_Repo_Commit": revision}
         if small:
             return self.answer(200, data, **headers)
-        # the real hub too sends clients to another address for large files
+        # the real hub too sends clients to another server for large files
         headers |= {"X_Linked_Size": str(len(data)), "X_Linked_ETag": headers["ETag"]}
-        return self.answer(302, Location=f"{self.hub.url}/cdn/{name}", **headers)
+        server = self.hub.url.replace("127.0.0.1", "localhost")
+        location = f"{server}/cdn/{self.hub.signature}/{name}"
+        return self.answer(302, Location=location, **headers)
 
     def content(self, name: str) -> None:
         data = self.hub.files[name]

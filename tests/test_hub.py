@@ -279,6 +279,27 @@ def test_a_small_file_that_the_hub_sends_whole_is_read_by_ranges_too(hub, ask):
     assert hub.encodings == {"identity"}, "a range of compressed bytes is no part of the text"
 
 
+def test_the_hub_is_asked_once_where_a_file_is(hub, ask):
+    name, content = "lines/a.jsonl.gz", b"0123456789"
+    hub.files[name] = content
+
+    def read() -> str:
+        """Read the file; return which servers were asked: the hub, or the one with its bytes."""
+        hub.requests.clear()
+        assert ask("org/corpus", REVISION, name, 10, [10]) == [content.decode()]
+        paths = [path for _, path, span in hub.requests if span]
+        return " ".join("hub" if "/resolve/" in path else "bytes" for path in paths)
+
+    assert [read(), read(), read()] == ["hub bytes", "bytes", "bytes"]
+    hub.signature += 1  # that address is too old now
+    assert [read(), read()] == ["bytes hub bytes", "bytes"]
+    for fault in ("503", "truncate", "drop", "elsewhere", "stall"):
+        hub.faults.append(fault)
+        assert [read(), read()] == ["bytes hub bytes", "bytes"], fault
+    assert "Bearer hf_secret" in hub.tokens
+    assert hub.cdn_tokens == {None}, "only the hub itself is told the secret"
+
+
 # -----------------------------------------------------------------------------
 # the parts
 
