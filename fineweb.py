@@ -47,8 +47,8 @@ from common.shards import (
     write_manifest,
     write_shard,
 )
-from common.tokenizer import RANKS_SHA256, Engine, choose_engine
-from common.unit_tokens import SAMPLE_CHARS, UnitTokens, WrongIdsError, tokenize_unit
+from common.tokenizer import RANKS_SHA256, Engine, GigatokenError, choose_engine
+from common.unit_tokens import SAMPLE_CHARS, UnitTokens, alone, tokenize_unit
 from common.workers import count_cores, unpack, worker_pool
 
 # -----------------------------------------------------------------------------
@@ -126,61 +126,59 @@ class TokenStream:
         self.config, self.source, self.pool, self.engine = config, source, pool, engine
         self.units = source_units(replace(source, retry_minutes=config.retry_minutes), file, start)
         self.in_flight = 2 * config.num_proc + 2  # units at once: a limit on memory
-        self.ahead = AHEAD * config.num_proc if source.dataset else 0  # units known before that
+        self.ahead = AHEAD * config.num_proc if source.dataset else 0  # units known beyond those
         self.tokens, self.counts = 0, Counter(shard.get("counts", {}))  # counts of the whole source
         # per unit: tokens before it in the stream, file, start, counts before it
         self.starts = [(0, file, start, self.counts)]
         self.read, self.to_read = 0.0, sum(size for _, size in source.files[file:])
+        self.later: deque[Unit] = deque()  # known, but not given to a worker yet
+        self.flight: deque[tuple[Unit, tuple, Future]] = deque()  # with the worker's task
+        self.number, self.failed = itertools.count(), False  # of a task; the first one has failed
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        flight, failed, later, submitted = deque(), False, deque(), itertools.count()
+        try:
+            while True:
+                while len(self.flight) < self.in_flight and (unit := self.next_unit()):
+                    task = self.task(unit)
+                    self.flight.append((unit, task, self.pool.submit(tokenize_unit, *task)))
+                if not self.flight:
+                    return
+                packed, counts, faults = retry(self.first_result, self.config.retry_minutes)
+                tokens = unpack(packed)
+                unit, *_ = self.flight.popleft()
+                self.starts.append((self.tokens, unit.file, unit.start, self.counts))
+                self.read += unit.share * self.source.files[unit.file][1]
+                for fault in faults[: max(0, FAULTS_NAMED - self.counts["skipped"])]:
+                    say(f"skipped: {fault}")
+                self.counts = self.counts + counts
+                self.tokens += len(tokens)
+                yield tokens
+        finally:  # no more tokens are wanted
+            for _, _, result in self.flight:
+                if not result.cancel():
+                    result.add_done_callback(lambda r: r.exception() or unpack(r.result().tokens))
 
-        def next_units() -> Iterator[Unit]:
-            for unit in self.units:
-                later.append(unit)
-                if len(later) > self.ahead:
-                    yield later.popleft()
-            while later:
-                yield later.popleft()
+    def next_unit(self) -> Unit | None:
+        """Return the next unit, if there is one. The `ahead` units after it are in `later` then."""
+        self.later.extend(itertools.islice(self.units, 1 + self.ahead - len(self.later)))
+        return self.later.popleft() if self.later else None
 
-        def alone(unit: Unit) -> tuple[Source, Unit]:
-            # without the other files: to send 20,000 names with every unit took 9 of 10 seconds
-            files = (self.source.files[unit.file],)
-            return replace(self.source, files=files), replace(unit, file=0)
+    def task(self, unit: Unit) -> tuple[Any, ...]:
+        """Return the arguments of `tokenize_unit`."""
+        chars = COMPARED_CHARS if next(self.number) < COMPARED_UNITS else SAMPLE_CHARS
+        nexts = list(self.later)[self.config.num_proc - 1 :: self.config.num_proc]  # of its worker
+        nexts = [alone(self.source, each) for each in nexts if not (each.data or each.texts)]
+        return *alone(self.source, unit), self.config.split_eot, self.engine, chars, nexts
 
-        def submit(unit: Unit) -> tuple[Unit, Future]:
-            chars = COMPARED_CHARS if next(submitted) < COMPARED_UNITS else SAMPLE_CHARS
-            nexts = list(later)[self.config.num_proc - 1 :: self.config.num_proc]  # of its worker
-            nexts = [alone(each) for each in nexts if not (each.data or each.texts)]
-            how = self.config.split_eot, self.engine, chars, nexts
-            return unit, self.pool.submit(tokenize_unit, *alone(unit), *how)
-
-        def first_result() -> UnitTokens:
-            nonlocal failed
-            for i, (unit, result) in enumerate(flight if failed else ()):
-                if result.done() and result.exception():  # submit all failed units again together
-                    flight[i] = submit(unit)
-            failed = True
-            result = flight[0][1].result()
-            failed = False
-            return result
-
-        units = next_units()
-        while True:
-            while len(flight) < self.in_flight and (unit := next(units, None)):
-                flight.append(submit(unit))
-            if not flight:
-                return
-            packed, counts, faults = retry(first_result, self.config.retry_minutes)
-            tokens = unpack(packed)
-            unit, _ = flight.popleft()
-            self.starts.append((self.tokens, unit.file, unit.start, self.counts))
-            self.read += unit.share * self.source.files[unit.file][1]
-            for fault in faults[: max(0, FAULTS_NAMED - self.counts["skipped"])]:
-                say(f"skipped: {fault}")
-            self.counts = self.counts + counts
-            self.tokens += len(tokens)
-            yield tokens
+    def first_result(self) -> UnitTokens:
+        """Wait for the first unit in flight. After a failure, first submit failed ones again."""
+        for i, (unit, task, result) in enumerate(self.flight if self.failed else ()):
+            if result.done() and result.exception():
+                self.flight[i] = unit, task, self.pool.submit(tokenize_unit, *task)
+        self.failed = True
+        result = self.flight[0][2].result()
+        self.failed = False
+        return result
 
     def end(self, tokens: int) -> dict[str, Any]:
         """Return for the manifest where a shard ends: after `tokens` tokens of the stream.
@@ -294,22 +292,23 @@ def tokenize(config: DataConfig) -> None:
                 differs = manifest.get("differs")  # from an earlier run that was stopped
                 engine, missing = ("tiktoken", differs) if differs else choose_engine()
                 if missing and (damaged or not finished):
-                    say(f"note: tokenising with tiktoken, which is ten times slower ({missing})")
+                    say(f"note: tokenising with tiktoken, which is much slower ({missing})")
                 try:
                     for index in damaged:
                         repair_shard(config, manifest, source, index, pool, engine)
                     if not finished:
                         make_shards(config, manifest, source, pool, engine)
-                except WrongIdsError as error:
-                    if finished:
-                        raise ValueError(f"{error}: delete {folder} and start again") from None
+                except GigatokenError as error:
                     say(f"{error}: all shards are made again, with tiktoken")
+                    for shard in manifest["shards"]:
+                        (folder / shard["name"]).unlink(missing_ok=True)
                     manifest |= {"shards": [], "differs": str(error)}
                     write_manifest(folder, manifest)
                     make_shards(config, manifest, source, pool, "tiktoken")
         except BrokenProcessPool:
-            what = "a worker process died, perhaps because memory ran out"
-            raise OSError(f"{what}: try a lower --num_proc") from None
+            what = "a worker process died, perhaps because memory ran out: try a lower --num_proc"
+            what += ", or uninstall gigatoken" if engine == "gigatoken" else ""
+            raise OSError(what) from None
         except (ConnectionError, TimeoutError) as error:
             done = len(manifest["shards"]) if manifest else 0
             kept = f", {done} shards in {folder} are kept" if done else ""
@@ -394,16 +393,17 @@ def repair_shard(
     """Make a damaged shard of the manifest again; its sha256 must be the recorded one."""
     shards = manifest["shards"]
     shard, path = shards[index], config.folder / shards[index]["name"]
-    stream = TokenStream(config, source, shards[index - 1] if index else None, pool, engine)
-    pieces = take_tokens(stream, stream.skip + shard["tokens"])
-    tokens = next(pack_shards(pieces, shard["tokens"], stream.skip))
-    with advice(AFTER_DISK_FULL):
-        sha256 = write_shard(path, tokens)
-    if sha256 != shard["sha256"]:
-        path.unlink()
-        raise ValueError(f"{path}: the source has changed: delete {config.folder} and start again")
-    Path(f"{path}.damaged").unlink(missing_ok=True)
-    say(f"{path.name}: made again")
+    for each in dict.fromkeys([engine, "tiktoken"]):  # which one made it is not known
+        stream = TokenStream(config, source, shards[index - 1] if index else None, pool, each)
+        pieces = take_tokens(stream, stream.skip + shard["tokens"])
+        with contextlib.suppress(GigatokenError), advice(AFTER_DISK_FULL):
+            tokens = next(pack_shards(pieces, shard["tokens"], stream.skip))
+            if write_shard(path, tokens) == shard["sha256"]:
+                Path(f"{path}.damaged").unlink(missing_ok=True)
+                say(f"{path.name}: made again")
+                return
+    path.unlink(missing_ok=True)
+    raise ValueError(f"{path}: the source has changed: delete {config.folder} and start again")
 
 
 def verify(config: DataConfig) -> None:

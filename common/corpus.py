@@ -31,7 +31,7 @@ from common.formats import (
     text_blocks,
     until_damage,
 )
-from common.hub import HubFile, find_dataset, retry
+from common.hub import AHEAD, HubFile, find_dataset, retry
 from common.paths import expand_path, local_names
 from common.pydocs import find_pydocs, read_pydocs
 from common.tokenizer import text_cut
@@ -323,11 +323,16 @@ def read_part(source: Source, unit: Unit) -> tuple[bytes, int]:
     cut = text_cut if file_kind(path)[0] == "txt" else line_start
     begin = max(0, unit.start - CONTEXT)
     data = read_range(source, unit.file, begin, unit.stop + TAIL)
+    if begin + len(data) < min(size, unit.stop + TAIL):
+        raise OSError("it has become shorter")
     first = cut(data, unit.start - begin) if unit.start else 0
     if first is None or begin + first >= unit.stop:
         return b"", unit.start
     while (last := cut(data, unit.stop - begin)) is None and begin + len(data) < size:
-        data += read_range(source, unit.file, begin + len(data), begin + 2 * len(data))
+        more = read_range(source, unit.file, begin + len(data), begin + 2 * len(data))
+        if not more:
+            raise OSError("it has become shorter")
+        data += more
     return data[first:last], begin + first
 
 
@@ -434,5 +439,6 @@ class ParquetText:
             yield unit(rows)
 
 
-# a worker's next unit is usually in the same file, or the next one
-open_parquet = functools.lru_cache(maxsize=2)(ParquetText)
+# A worker's next unit is mostly in the same file, or in the next one. On the hub it looks at the
+# units that it will read later, too.
+open_parquet = functools.lru_cache(maxsize=1 + AHEAD)(ParquetText)

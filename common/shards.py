@@ -281,7 +281,8 @@ def data_source(data_dir: Path) -> str | None:
 # the validation split of a small source
 
 VAL_SHARE = 10  # a source of less than ten shards gives a tenth of its tokens for validation
-CUT = "cut"  # folder of new shards, and flag in the manifest, while a small source is cut again
+# folder of new shards, and flag in the manifest, while a small source is cut again
+CUT = "edufineweb_cut"
 
 
 def cut_validation(folder: Path, manifest: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -84,18 +85,36 @@ class InTurn(Executor):
             executor.shutdown(*args, **settings)
 
 
+class Worker(SpawnProcess):
+    """A process that Ctrl-C never reaches: while it starts, it would print a traceback."""
+
+    def start(self) -> None:
+        if os.name == "nt":
+            return super().start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits it
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class WorkerContext(SpawnContext):
+    """How workers start: `spawn` works on every system."""
+
+    Process = Worker
+
+
 @contextlib.contextmanager
 def worker_pool(num_proc: int, in_turn: bool = False) -> Iterator[Executor]:
-    """Run worker processes, started with `spawn`, which works on every system.
+    """Run worker processes.
 
     If a worker dies, the results that are missing raise BrokenProcessPool. With `in_turn` worker k
     gets the tasks k, k + num_proc, …; else the next task goes to the worker that is free first.
     """
-    import multiprocessing
-
-    spawn = multiprocessing.get_context("spawn")
+    if os.name == "nt":
+        num_proc = min(num_proc, 61)  # the most that Python can wait for there
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        settings = dict(mp_context=spawn, initializer=start_worker, initargs=(scratch,))
+        settings = dict(mp_context=WorkerContext(), initializer=start_worker, initargs=(scratch,))
         if in_turn:
             pool = InTurn([ProcessPoolExecutor(1, **settings) for _ in range(num_proc)])
         else:
@@ -107,18 +126,27 @@ def worker_pool(num_proc: int, in_turn: bool = False) -> Iterator[Executor]:
 
 
 def start_worker(scratch_folder: str) -> None:
-    """Ignore Ctrl-C, which the main process handles. End when it ends, even if it is killed."""
+    """Ignore Ctrl-C, which the main process handles. End when it ends, even if it is killed.
+
+    The files that nobody has read are deleted then.
+    """
     global scratch
     import multiprocessing
     import threading
+    import time
 
     def follow() -> None:
         parent.join()
         shutil.rmtree(scratch_folder, ignore_errors=True)
         os._exit(1)
 
+    def terminate(*_: object) -> None:
+        time.sleep(1)  # if the main process ends too, `follow` cleans up meanwhile
+        os._exit(1)
+
     scratch = scratch_folder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, terminate)
     parent = multiprocessing.parent_process()
     threading.Thread(target=follow, daemon=True).start()
 
@@ -134,14 +162,18 @@ def pack(array: np.ndarray) -> Packed:
     """Return what a worker should return for a large array; `unpack` makes it an array again.
 
     The array goes through a file, which is mostly deleted before the system writes it to disk. A
-    pool has one pipe for all its workers, and shared memory is 64 MB in many containers.
+    pool may have one pipe for all its workers, and shared memory is 64 MB in many containers.
     """
     if scratch is None:  # not in a worker process
         return array
     try:
         file, path = tempfile.mkstemp(dir=scratch)
-        with open(file, "wb") as out:
-            out.write(array.data)
+        try:
+            with open(file, "wb") as out:
+                out.write(array.data)
+        except OSError:
+            os.unlink(path)
+            raise
         return path, array.dtype.str
     except OSError:  # the disk is full: then through the pipe
         return array

@@ -5,6 +5,7 @@ import errno
 import gzip
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,22 @@ def test_a_file_that_one_worker_reads_whole_gives_the_same_texts(tmp_path):
         (unit,) = source_units(source, 0, 0)
         found = [text for text in unit_texts(source, unit) if text is not None]
         assert found == texts, kind
+
+
+@pytest.mark.parametrize("words", [1, 400])
+@pytest.mark.parametrize("left", [0, 100, 500, 700, 1499])
+def test_a_file_that_becomes_shorter_is_an_error(tmp_path, monkeypatch, left, words):
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 500)
+    monkeypatch.setattr(corpus, "TAIL", 50)
+    path = write_jsonl(tmp_path / "t.jsonl", ["a " * words] * (800 // words))
+    source = find_files((str(path),))
+    units = list(source_units(source, 0, 0))
+    os.truncate(path, left)
+    with pytest.raises(ValueError, match=r"t\.jsonl cannot be read \(it has become shorter"):
+        for unit in units:
+            tokenize_unit(source, unit)
+    with pytest.raises(ValueError, match="it has become shorter"):
+        tokenize_unit(source, units[-1])  # if the others were read before
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])

@@ -308,6 +308,15 @@ def test_only_shards_are_put_in_place_after_a_run_was_killed_while_it_cut_them_t
     assert os.listdir(tmp_path) == ["edufineweb_val_000000.npy"]
 
 
+def test_folders_of_the_user_stay(tmp_path):
+    mine = [tmp_path / name / "mine.txt" for name in ("cut", "new", "old", "tmp", "shards")]
+    for path in mine:
+        path.parent.mkdir()
+        path.touch()
+    finish_cut(tmp_path, {"shards": []})
+    assert all(path.exists() for path in mine)
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "manifest.partial.json"])
 @pytest.mark.parametrize("data", [b"", b'{"shards": [', b"\xff\xfe"])
 def test_a_damaged_manifest_is_named_without_advice(tmp_path, name, data):

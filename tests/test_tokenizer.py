@@ -1,5 +1,7 @@
 """common/tokenizer.py: tokens equal tiktoken's, for any text."""
 
+import base64
+import hashlib
 import itertools
 import random
 import sys
@@ -71,6 +73,19 @@ def test_a_damaged_file_of_ranks_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "RANKS_PATH", tmp_path / "ranks")
     with pytest.raises(ValueError, match="ranks is damaged: restore it with `git checkout"):
         get_tokenizer.__wrapped__()
+
+
+def test_the_ranks_are_read_from_the_file_and_no_copy_is_kept(tmp_path, monkeypatch):
+    """tiktoken would trust a copy in the folder for temporary files, which anyone may have made."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    copy = tmp_path / hashlib.sha1(str(tokenizer.RANKS_PATH).encode()).hexdigest()
+    the, cat = (base64.b64encode(word) for word in (b" the", b" cat"))
+    data = tokenizer.RANKS_PATH.read_bytes().replace(the, b"-").replace(cat, the)
+    copy.write_bytes(data.replace(b"-", cat))
+    assert get_tokenizer.__wrapped__().encode(" the cat") == encode(" the cat").tolist()
+    copy.unlink()
+    get_tokenizer.__wrapped__()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_text_cut_anywhere_has_the_tokens_of_the_whole():
@@ -192,8 +207,21 @@ def test_memory_of_libraries_loaded_after_gigatoken_is_not_taken_for_words(monke
     assert len(begun) == 1
 
 
+class Broken:
+    """A module of which nothing can be imported."""
+
+    def __init__(self, error: ImportError):
+        self.__dict__["error"] = error
+
+    def __getattr__(self, name: str) -> object:
+        raise self.error
+
+
 def test_without_gigatoken_the_reason_is_known(monkeypatch):
     assert choose_engine() == ("gigatoken", "")
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     engine, why = choose_engine()
     assert engine == "tiktoken" and "gigatoken" in why
+    for error in (ImportError(), ImportError("made for\nanother numpy")):
+        sys.modules["gigatoken"] = Broken(error)
+        assert choose_engine() == ("tiktoken", f"ImportError: {' '.join(str(error).split())}")

@@ -6,8 +6,8 @@ from data_helpers import expected_tokens, make_texts, write_jsonl
 
 from common import tokenizer, unit_tokens
 from common.corpus import find_files, source_units
-from common.tokenizer import get_gigatoken
-from common.unit_tokens import SAMPLE_CHARS, WrongIdsError, tokenize_unit
+from common.tokenizer import GigatokenError, get_gigatoken
+from common.unit_tokens import SAMPLE_CHARS, tokenize_unit
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_both_engines_give_the_tokens_of_tiktoken(tmp_path):
 @pytest.mark.parametrize("at", [0, SAMPLE_CHARS - 6])
 def test_a_wrong_id_at_the_beginning_of_a_unit_is_found(tmp_path, faulty, at):
     work = only_unit(tmp_path / "t.jsonl", ["", "x" * at + " WRONG", "more"])
-    with pytest.raises(WrongIdsError, match=r"gigatoken and tiktoken .*t\.jsonl"):
+    with pytest.raises(GigatokenError, match=r"gigatoken and tiktoken .*t\.jsonl"):
         tokenize_unit(*work, "auto", "gigatoken")
     assert len(tokenize_unit(*work, "auto", "tiktoken").tokens)
 
@@ -50,7 +50,7 @@ def test_a_wrong_id_is_found_in_as_many_characters_as_are_compared(tmp_path, fau
     texts = [*make_texts(5), "here: WRONG"]
     work, chars = only_unit(tmp_path / "t.jsonl", texts), sum(map(len, texts))
     tokenize_unit(*work, "auto", "gigatoken", chars - 6)
-    with pytest.raises(WrongIdsError):
+    with pytest.raises(GigatokenError):
         tokenize_unit(*work, "auto", "gigatoken", chars)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -39,6 +40,16 @@ def test_workers_ignore_ctrl_c():
         assert pool.submit(os.getpid).result() != os.getpid()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_does_not_reach_a_worker_that_starts():
+    """It would print a traceback in the middle of its imports."""
+    with worker_pool(1) as pool:
+        status = pool.submit(Path("/proc/self/status").read_text).result()
+    blocked = next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
+    assert int(blocked, 16) & 1 << signal.SIGINT - 1
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "here it arrives"
+
+
 def test_an_error_in_the_main_process_cancels_the_tasks_that_wait():
     start = time.monotonic()
     with pytest.raises(ValueError, match="stop"), worker_pool(1) as pool:
@@ -54,6 +65,21 @@ def test_workers_end_when_the_main_process_is_killed():
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert result.returncode == -signal.SIGKILL
     assert int(result.stdout)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_leaves_no_folder_behind(tmp_path, stop):
+    code = "with worker_pool(2) as pool: pool.submit(print, 'ready', flush=True); time.sleep(60)"
+    words = [sys.executable, "-c", f"import time\nfrom common.workers import worker_pool\n{code}"]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=env, stdout=-1, stderr=-1, start_new_session=True
+    )
+    assert process.stdout.readline() == b"ready\n"
+    assert list(tmp_path.iterdir())
+    os.killpg(process.pid, stop)
+    process.communicate(timeout=30)  # until the last of them has ended
+    assert not list(tmp_path.iterdir())
 
 
 def fake_root(root: Path, files: dict[str, str]) -> Path:
@@ -142,7 +168,12 @@ def packed_ones(count: int) -> workers.Packed:
     return workers.pack(np.ones(count, np.uint16))
 
 
-def packed_on_a_full_disk(count: int) -> workers.Packed:
+def packed_on_a_full_disk(count: int) -> tuple[workers.Packed, list[str]]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    return packed_ones(count), os.listdir(workers.scratch)
+
+
+def packed_without_a_folder(count: int) -> workers.Packed:
     workers.scratch += "/there is no such folder"
     return packed_ones(count)
 
@@ -160,8 +191,12 @@ def test_a_large_result_comes_through_a_file_that_is_deleted():
 
 def test_without_room_for_a_file_a_result_comes_through_the_pipe():
     with worker_pool(1) as pool:
-        array = pool.submit(packed_on_a_full_disk, 5).result()
+        array = pool.submit(packed_without_a_folder, 5).result()
     assert workers.unpack(array).tolist() == [1] * 5
+    with worker_pool(1) as pool:
+        array, left = pool.submit(packed_on_a_full_disk, 500).result()
+    assert workers.unpack(array).tolist() == [1] * 500
+    assert not left, "it would take the last room"
     assert workers.pack(array) is array, "only a worker packs"
 
 
