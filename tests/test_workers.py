@@ -26,6 +26,16 @@ with worker_pool(1) as pool:
 """
 
 
+WAITS = """
+import signal, time
+from common.workers import worker_pool
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have it ignored
+with worker_pool(2) as pool:
+    pool.submit(print, 'ready', flush=True)
+    time.sleep(60)
+"""
+
+
 def test_a_worker_that_dies_raises_broken_process_pool():
     with worker_pool(1) as pool:
         with pytest.raises(BrokenProcessPool):
@@ -69,9 +79,7 @@ def test_workers_end_when_the_main_process_is_killed():
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_leaves_no_folder_behind(tmp_path, stop):
-    code = "with worker_pool(2) as pool: pool.submit(print, 'ready', flush=True); time.sleep(60)"
-    words = [sys.executable, "-c", f"import time\nfrom common.workers import worker_pool\n{code}"]
-    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    words, env = [sys.executable, "-c", WAITS], {**os.environ, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
         words, cwd=ROOT, env=env, stdout=-1, stderr=-1, start_new_session=True
     )
