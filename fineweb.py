@@ -48,7 +48,7 @@ from common.shards import (
     write_shard,
 )
 from common.tokenizer import RANKS_SHA256, Engine, GigatokenError, choose_engine
-from common.unit_tokens import SAMPLE_CHARS, UnitTokens, alone, tokenize_unit
+from common.unit_tokens import UnitTokens, alone, chars_to_compare, tokenize_unit
 from common.workers import count_cores, unpack, worker_pool
 
 # -----------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class TokenStream:
         self.read, self.to_read = 0.0, sum(size for _, size in source.files[file:])
         self.later: deque[Unit] = deque()  # known, but not given to a worker yet
         self.flight: deque[tuple[Unit, tuple, Future]] = deque()  # with the worker's task
-        self.number, self.failed = itertools.count(), False  # of a task; the first one has failed
+        self.given, self.failed = 0.0, False  # bytes given to workers; the first task has failed
 
     def __iter__(self) -> Iterator[np.ndarray]:
         try:
@@ -165,7 +165,9 @@ class TokenStream:
 
     def task(self, unit: Unit) -> tuple[Any, ...]:
         """Return the arguments of `tokenize_unit`."""
-        chars = COMPARED_CHARS if next(self.number) < COMPARED_UNITS else SAMPLE_CHARS
+        before = self.given
+        self.given += len(unit.data or ()) or unit.share * self.source.files[unit.file][1]
+        chars = chars_to_compare(before, self.given)
         nexts = list(self.later)[self.config.num_proc - 1 :: self.config.num_proc]  # of its worker
         nexts = [alone(self.source, each) for each in nexts if not (each.data or each.texts)]
         return *alone(self.source, unit), self.config.split_eot, self.engine, chars, nexts
@@ -205,7 +207,6 @@ COUNTED = {  # what the text had, said at the end
     "marks": "warning: {:,} written <|endoftext|> stay ordinary text (else give --split_eot on)",
 }
 FAULTS_NAMED = 10  # of the lines that --on_error skip leaves out
-COMPARED_UNITS, COMPARED_CHARS = 2, 1 << 19  # first units of a run, with more ids compared
 NOT_FINISHED = "is not finished: run the command that made it to carry on"
 AFTER_DISK_FULL = "make room and run the same command to carry on (finished shards are kept)"
 
@@ -299,7 +300,7 @@ def tokenize(config: DataConfig) -> None:
                     if not finished:
                         make_shards(config, manifest, source, pool, engine)
                 except GigatokenError as error:
-                    say(f"{error}: all shards are made again, with tiktoken")
+                    say(f"{error}: all shards are made with tiktoken")
                     for shard in manifest["shards"]:
                         (folder / shard["name"]).unlink(missing_ok=True)
                     manifest |= {"shards": [], "differs": str(error)}
@@ -307,8 +308,7 @@ def tokenize(config: DataConfig) -> None:
                     make_shards(config, manifest, source, pool, "tiktoken")
         except BrokenProcessPool:
             what = "a worker process died, perhaps because memory ran out: try a lower --num_proc"
-            what += ", or uninstall gigatoken" if engine == "gigatoken" else ""
-            raise OSError(what) from None
+            raise OSError(what + ", or uninstall gigatoken" * (engine == "gigatoken")) from None
         except (ConnectionError, TimeoutError) as error:
             done = len(manifest["shards"]) if manifest else 0
             kept = f", {done} shards in {folder} are kept" if done else ""

@@ -70,8 +70,8 @@ class HubFile(io.RawIOBase):
     def request(self, begin: int, stop: int) -> bytes:
         """Return the bytes from begin to stop. Raises ConnectionError if trying again may help.
 
-        The hub answers with an address on another server, good for about an hour. The next time
-        that server is asked at once: the hub allows only 3,000 requests in five minutes.
+        The hub answers with an address on another server, good for some time. The next time that
+        server is asked at once: the hub allows only 3,000 requests in five minutes.
         """
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers

@@ -22,17 +22,15 @@ RANKS_PATH = Path(__file__).parent.parent / "assets" / "gpt2.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 
-def read_ranks() -> dict[bytes, int]:
-    """Return the tokens of the BPE in the order of its merges.
+def read_ranks() -> bytes:
+    """Return the file of merge ranks: a token in base64 and its rank on each line.
 
-    Raises ValueError if the file is not the one that OpenAI published. tiktoken's own function for
-    it would rather read a copy that it keeps in the folder for temporary files.
+    Raises ValueError if it is not the one that OpenAI published.
     """
     data = RANKS_PATH.read_bytes()
     if hashlib.sha256(data).hexdigest() != RANKS_SHA256:
         raise ValueError(f"{RANKS_PATH} is damaged: restore it with `git checkout {RANKS_PATH}`")
-    lines = (line.split() for line in data.splitlines())
-    return {base64.b64decode(token): int(rank) for token, rank in lines}
+    return data
 
 
 @functools.cache
@@ -43,13 +41,15 @@ def get_tokenizer() -> "tiktoken.Encoding":
     """
     import tiktoken
 
+    # tiktoken's own function for this prefers an old copy in the folder for temporary files
+    lines = (line.split() for line in read_ranks().splitlines())
     return tiktoken.Encoding(
         name="gpt2",
         # How GPT-2 splits text into words, numbers, punctuation and white space. The possessive
         # form (++), which tiktoken uses too, gives the same pieces without backtracking.
         pat_str=r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++"""
         r"""| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
-        mergeable_ranks=read_ranks(),
+        mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in lines},
         special_tokens={EOT_TEXT: EOT},
         explicit_n_vocab=50257,
     )
@@ -132,7 +132,7 @@ class Gigatoken:
     MOST_CHARS = 16 << 20  # instead, where the memory of a process is not known
 
     def __init__(self):
-        read_ranks()  # they are whole
+        read_ranks()  # raises if they are damaged
         self.begin()
 
     def begin(self) -> None:
@@ -191,7 +191,7 @@ def choose_engine() -> tuple[Engine, str]:
     """Return the fastest engine that can be imported here, and why it is not gigatoken."""
     try:
         from gigatoken import Tokenizer  # noqa: F401
-    except Exception as error:  # not installed, another version, or made for another system
+    except (Exception, SystemExit) as error:  # not installed, or made for another system
         return "tiktoken", one_line(error)
     return "gigatoken", ""
 

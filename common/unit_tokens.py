@@ -16,7 +16,6 @@ from common.workers import Packed, pack
 # The marker on a line of its own, as in TinyStories: the line ends belong to it.
 SEPARATOR = re.compile(rf"(?:\r?\n)?{re.escape(EOT_TEXT)}(?:\r?\n)?")
 BEFORE_DOCUMENT = np.array([EOT], np.uint16)
-SAMPLE_CHARS = 4096  # at the beginning of each unit, whose ids are compared: 2% of the time
 
 
 class UnitTokens(NamedTuple):
@@ -32,6 +31,18 @@ def alone(source: Source, unit: Unit) -> tuple[Source, Unit]:
     return replace(source, files=(source.files[unit.file],)), replace(unit, file=0)
 
 
+# gigatoken's ids are compared: many in the first bytes that a run reads, and samples of the rest
+COMPARED_BYTES, COMPARED_CHARS = 4 << 20, 1 << 19
+SAMPLE_EVERY, SAMPLE_CHARS = 1 << 20, 4096  # bytes, characters: a few percent of the time
+
+
+def chars_to_compare(before: float, after: float) -> int:
+    """Return how many characters of a unit are compared: bytes `before` to `after` of a run."""
+    if before < COMPARED_BYTES:
+        return COMPARED_CHARS
+    return SAMPLE_CHARS if after // SAMPLE_EVERY > before // SAMPLE_EVERY else 0
+
+
 def is_blank(text: str | None) -> bool:
     return not text or text.isspace()
 
@@ -41,7 +52,7 @@ def tokenize_unit(
     unit: Unit,
     split_eot: str = "auto",
     engine: Engine = "tiktoken",
-    compare: int = SAMPLE_CHARS,
+    compare: int = 0,
     following: Iterable[tuple[Source, Unit]] = (),
 ) -> UnitTokens:
     """Tokenise one unit. Raises BadText for text that cannot be read, unless the source skips it.

@@ -3,10 +3,13 @@
 import contextlib
 import itertools
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -131,9 +134,6 @@ def start_worker(scratch_folder: str) -> None:
     The files that nobody has read are deleted then.
     """
     global scratch
-    import multiprocessing
-    import threading
-    import time
 
     def follow() -> None:
         parent.join()

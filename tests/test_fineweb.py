@@ -41,7 +41,7 @@ from data_helpers import (
 )
 
 import fineweb
-from common import corpus, shards, tokenizer
+from common import corpus, shards, tokenizer, unit_tokens
 from common.corpus import Source, find_files, source_units
 from common.files import locked
 from common.tokenizer import EOT, encode, get_tokenizer
@@ -666,7 +666,8 @@ def test_after_a_wrong_id_all_shards_are_made_again_with_tiktoken(
     right, texts = tokenizer.Gigatoken.ids, make_texts(60)
     texts[30] = "not looked at " * 100 + "WRONG"
     config = config_for(write_jsonl(tmp_path / "t.jsonl", texts), shard_size=500)
-    monkeypatch.setattr(fineweb, "SAMPLE_CHARS", 100)
+    for name, value in {"COMPARED_BYTES": 6000, "SAMPLE_EVERY": 1000, "SAMPLE_CHARS": 100}.items():
+        monkeypatch.setattr(unit_tokens, name, value)
     wrong = lambda self, text: right(self, text.replace("WRONG", "wrong " * 9000))  # noqa: E731
     monkeypatch.setattr(tokenizer.Gigatoken, "ids", wrong)
     fineweb.tokenize(replace(config, max_tokens=len(expected_tokens(texts)) + 5000))
@@ -680,7 +681,7 @@ def test_after_a_wrong_id_all_shards_are_made_again_with_tiktoken(
     monkeypatch.setattr(fineweb, "run_manifest", lambda config, source, manifest, done: manifest)
     fineweb.tokenize(config)
     said = "gigatoken and tiktoken give different ids for a text of"
-    assert f"{said} {tmp_path / 't.jsonl'}: all shards are made again, with tiktoken" in (
+    assert f"{said} {tmp_path / 't.jsonl'}: all shards are made with tiktoken" in (
         capsys.readouterr().out
     )
     assert np.array_equal(read_shards(config.folder), expected_tokens(texts)), "and no others"
@@ -716,7 +717,7 @@ def test_if_gigatoken_fails_tiktoken_does_the_work(
     texts = make_texts(10)
     fineweb.tokenize(config_for(write_jsonl(tmp_path / "t.jsonl", texts)))
     what = "gigatoken does not start" if method == "begin" else "gigatoken fails"
-    said = f"{what} ({error.__name__}: of a kind): all shards are made again, with tiktoken"
+    said = f"{what} ({error.__name__}: of a kind): all shards are made with tiktoken"
     assert said in capsys.readouterr().out
     assert np.array_equal(read_shards(tmp_path / "o"), expected_tokens(texts))
 
@@ -733,8 +734,7 @@ def test_a_shard_is_made_again_by_the_engine_that_made_it(tmp_path, threads, mon
     wrong = lambda self, text: right(self, text.replace("WRONG", "wrong"))  # noqa: E731
     monkeypatch.setattr(tokenizer.Gigatoken, "ids", wrong)
     for chars in (1 << 19, 10):  # the difference is noticed, or not
-        monkeypatch.setattr(fineweb, "COMPARED_CHARS", chars)
-        monkeypatch.setattr(fineweb, "SAMPLE_CHARS", chars)
+        monkeypatch.setattr(unit_tokens, "COMPARED_CHARS", chars)
         for path in shard_paths(config.folder):
             path.unlink()
         fineweb.tokenize(config)
@@ -743,6 +743,8 @@ def test_a_shard_is_made_again_by_the_engine_that_made_it(tmp_path, threads, mon
 
 def test_as_much_is_compared_after_a_failure(tmp_path, threads, monkeypatch):
     monkeypatch.setattr(corpus, "UNIT_BYTES", 3000)
+    monkeypatch.setattr(unit_tokens, "COMPARED_BYTES", 6000)
+    monkeypatch.setattr(unit_tokens, "SAMPLE_EVERY", 1000)
     monkeypatch.setattr("common.hub.time.sleep", lambda seconds: None)
     compared, tokenize_unit = [], fineweb.tokenize_unit
 
@@ -754,7 +756,7 @@ def test_as_much_is_compared_after_a_failure(tmp_path, threads, monkeypatch):
 
     monkeypatch.setattr(fineweb, "tokenize_unit", fails_once)
     fineweb.tokenize(config_for(write_jsonl(tmp_path / "t.jsonl", make_texts(60))))
-    much, little = fineweb.COMPARED_CHARS, fineweb.SAMPLE_CHARS
+    much, little = unit_tokens.COMPARED_CHARS, unit_tokens.SAMPLE_CHARS
     assert {chars for start, chars in compared if start < 6000} == {much}
     assert {chars for start, chars in compared if start >= 6000} == {little}
     assert len(compared) == 4 + len({start for start, _ in compared})
