@@ -69,7 +69,8 @@ def known_facts(path: Path) -> dict[str, Any]:
 def save_checkpoint(model: GPT, source: str, target: Path) -> None:
     """Write a checkpoint of a model, to start training from with --init_from."""
     state = run_state(
-        model=model, optimizers={"optimizer": {}}, scaler={}, step=0, windows_seen=0,
+        weights=dict(model.named_parameters()), optimizers={"optimizer": {}}, scaler={},
+        step=0, windows_seen=0,
         model_config=plain(model.config), train_config=plain(TrainConfig(init_from=source)),
         data="",  # belongs to no data: --init_from takes this checkpoint, --resume does not
     )  # fmt: skip

@@ -18,6 +18,7 @@ import hashlib
 import http.client
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -36,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from common import ranks
+from common import parallel, ranks
 from common.cli import advice, outlive_console, quiet_interrupt, run_command
 from common.files import write_atomically
 from common.hardware import Device, Dtype, OutOfMemory, attention_for_any_shape
@@ -310,19 +311,22 @@ def ending_losses(model: nn.Module, questions: Questions, machine: Any) -> Tenso
             f"vocab_size {config.vocab_size}: HellaSwag needs GPT-2's tokens: give another model"
         )
     max_tokens = CUDA_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
-    batches = make_batches(items, config.block_size, max_tokens)[machine.rank :: machine.world_size]
+    batches = make_batches(items, config.block_size, max_tokens)
+    own = batches[machine.rank :: machine.world_size]
+    # A sharded model's passes are work of all ranks together: as many on every rank. A rank without
+    # a last batch does one that does not count.
+    own += [[]] * (math.ceil(len(batches) / machine.world_size) - len(own))
     dtype = torch.float32 if device.type == "mps" else torch.float64  # sums reach hundreds of nats
     losses = torch.zeros(4 * len(items), dtype=dtype, device=device)
     hidden = None if machine.is_main else True  # None: a progress bar on terminals only
-    training = model.training
-    model.eval()
     # every batch has another shape: a compiled model would be compiled again for each
-    with machine.autocast, torch.compiler.set_stance("force_eager"):
-        for batch in tqdm(batches, desc="HellaSwag", leave=False, disable=hidden):
+    eager = torch.compiler.set_stance("force_eager")
+    with parallel.evaluating(model), machine.autocast, eager:
+        for batch in tqdm(own, desc="HellaSwag", leave=False, disable=hidden):
             with attention_for_any_shape():
-                of_tokens, endings = token_losses(model, batch, device)
-            losses.index_add_(0, endings, of_tokens.to(dtype))
-    model.train(training)
+                of_tokens, endings = token_losses(model, batch or batches[0], device)
+            if batch:
+                losses.index_add_(0, endings, of_tokens.to(dtype))
     if machine.world_size > 1:
         dist.all_reduce(losses)
     return losses.view(-1, 4).cpu()

@@ -32,8 +32,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpoint_block
 
-from common import checkpoint, cli, hardware, ranks
+from common import checkpoint, cli, hardware, parallel, ranks
 from common.cli import advice, plain
 from common.files import locked
 from common.generate import sample_text
@@ -160,6 +161,8 @@ class TrainConfig:
     keep_checkpoints: int = 2  # how many of the newest to keep; 0: all
     resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
     max_skipped: int = 10  # stop after this many skipped steps in a row (not finite)
+    shard: Literal["auto", "on", "off"] = "auto"  # deal the model out over the ranks (FSDP2)
+    recompute: Literal["auto", "on", "off"] = "auto"  # save memory: compute blocks twice
     timeout_minutes: float = 10.0  # end the run if a rank is silent for this long
     stats_every: int = 0  # steps between records of how each layer is updated; 0: never
     tensorboard: bool = False  # send the same numbers to TensorBoard, in out_dir
@@ -284,6 +287,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        # Keep only the input of each block for the backward pass, and compute the rest again there:
+        # a fifteenth of the activations, for a third more work (Chen et al., 2016).
+        self.recompute = False
         parts = dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),  # what a token means
             wpe=nn.Embedding(config.block_size, config.n_embd),  # where it is: learned too
@@ -335,7 +341,10 @@ class GPT(nn.Module):
         if self.training and torch.is_autocast_enabled(kind := x.device.type):
             x = x.to(self.stream) if torch.get_autocast_dtype(kind) == self.stream else x
         for i, block in enumerate(self.transformer.h):
-            x = block(x, mask, caches[i] if caches else None)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint_block(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask, caches[i] if caches else None)
         return self.transformer.ln_f(x)  # (B, T, C)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -368,12 +377,16 @@ def load_model(name_or_path: str | Path | None, device: torch.device | str = "cp
     `name_or_path`: a file, folder or hub name of docs/inputs.md; None: the newest checkpoint under
     log/, else `gpt2`. Raises ValueError or OSError if there is no such model or it is damaged.
     """
-    name, sizes, weights = ranks.on_rank_0(read_weights, name_or_path)
+    return parallel.spread(ranks.on_rank_0(read_model, name_or_path), torch.device(device)).eval()
+
+
+def read_model(name_or_path: str | Path | None) -> GPT:
+    """Return a trained model on the CPU; for the rest see `load_model`."""
+    name, sizes, weights = read_weights(name_or_path)
     try:
-        model = checkpoint.build_model(GPT, GPTConfig, sizes, weights)
+        return checkpoint.build_model(GPT, GPTConfig, sizes, weights)
     except ValueError as error:
         raise ValueError(f"{name}: {error}: give another model") from None
-    return model.to(device).eval()
 
 
 def compile_model(model: GPT) -> None:
@@ -381,8 +394,10 @@ def compile_model(model: GPT) -> None:
     from torch._functorch import config
 
     # On a CPU the backward pass computes norms, GELU and casts again instead of storing them: as
-    # fast, in an eighth less memory at 124M (benchmarks/ladder_cpu.md).
-    config.ban_recompute_materialized_backward = next(model.parameters()).device.type != "cpu"
+    # fast, in an eighth less memory at 124M (benchmarks/ladder_cpu.md). Sharded, it would otherwise
+    # keep a bfloat16 copy of every whole block: 26 GB at 13B.
+    store = next(model.parameters()).device.type != "cpu" and not parallel.is_sharded(model)
+    config.ban_recompute_materialized_backward = store
     # DDP would cut a block's graph at every 25 MB of gradients: 2 graphs at width 768, 4 at 1600.
     torch._dynamo.config.optimize_ddp = False
     for block in model.transformer.h:
@@ -637,6 +652,7 @@ def train_step(
         if machine.world_size > 1:
             # DDP averages gradients over the ranks in a backward pass. To do it in the last one is
             # enough, and sends 1/grad_accum_steps of the bytes. (DDP's no_sync() sets this too.)
+            # FSDP2 ignores it: it deals out the gradient of a block as soon as it is whole.
             model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
         with machine.autocast:
             # Each loss is a mean over its micro-batch, and backward() adds gradients up. Without
@@ -647,7 +663,7 @@ def train_step(
     for optimizer in optimizers.values():
         scaler.unscale_(optimizer)
     # One bad batch must not move the weights far: a larger norm is scaled down to grad_clip.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    norm = parallel.clip_gradients(model.parameters(), grad_clip or math.inf)
     if machine.world_size > 1:
         dist.all_reduce(report)
     # Here the CPU waits for the device: once, for all three numbers.
@@ -666,16 +682,15 @@ def train_step(
 @torch.no_grad()
 def validation_loss(model: GPT, windows: Windows, n: int, B: int, machine: Machine) -> float:
     """Return the mean loss over the first `n` windows, read B at a time on every rank."""
-    model.eval()  # no dropout
-    total = 0.0
-    for first in range(machine.rank * B, n, machine.world_size * B):
-        rows = min(B, n - first)
-        x, y = windows.read(np.arange(first, first + rows))
-        # fill up with rows that do not count: torch would compile again for another shape
-        x, y = F.pad(x, (0, 0, 0, B - rows)), F.pad(y, (0, 0, 0, B - rows), value=-1)
-        with machine.autocast:
-            total += model(x.to(machine.device), y.to(machine.device)).item() * rows
-    model.train()
+    total, mine = 0.0, machine.rank * B
+    with parallel.evaluating(model), machine.autocast:
+        for first in range(0, n, machine.world_size * B):  # equally many passes on every rank
+            rows = max(0, min(B, n - first - mine))
+            x, y = windows.read(np.arange(first + mine, first + mine + rows))
+            # fill up with rows that do not count: torch would compile again for another shape
+            x, y = F.pad(x, (0, 0, 0, B - rows)), F.pad(y, (0, 0, 0, B - rows), value=-1)
+            loss = model(x.to(machine.device), y.to(machine.device)).item()
+            total += loss * rows if rows else 0.0  # the mean of no rows is not a number
     # sums, not means of means: the result is the same for any number of ranks
     return ranks.all_sum(total, machine.device) / n
 
@@ -717,7 +732,7 @@ def initial_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
             return checkpoint.build_model(GPT, GPTConfig, state["model_config"], state["model"])
     if config.init_from is None:
         return GPT(config.model_config())
-    model = load_model(config.init_from)
+    model = read_model(config.init_from)
     sizes, weights = plain(model.config) | {"dropout": config.dropout}, model.state_dict()
     sizes, weights = checkpoint.crop_positions(sizes, weights, config.block_size)
     for name in MODEL_FIELDS:
@@ -753,7 +768,7 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
     def newest() -> dict[str, Any] | None:
         if config.resume:
             with advice("restore one, or start again with another --out_dir"):
-                return checkpoint.newest_checkpoint(out_dir, machine.print)
+                return checkpoint.newest_checkpoint(out_dir, machine.print, machine.world_size > 1)
         if (out_dir / METRICS).exists() or checkpoint.checkpoint_paths(out_dir):
             raise ValueError(f"{out_dir} holds a run: use --resume, or give another --out_dir")
 
@@ -768,7 +783,11 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
             checkpoint.check_same_run(state, plain(config), data)
 
     # model and data
-    model = initial_model(config, state).to(device).train()
+    model = ranks.on_rank_0(initial_model, config, state)  # elsewhere it has no numbers yet
+    shard, notes = parallel.choose_shard(config.shard, model.n_params, device)
+    if shard and config.stats_every:  # it reads whole weights and gradients
+        raise ValueError("stats_every works on whole models: give --stats_every 0 or --shard off")
+    model = parallel.spread(model, device, shard).train()
     size, T = model.config, model.config.block_size
     train_windows, val_windows = open_windows(config, T, size.vocab_size)
 
@@ -776,17 +795,22 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
     def fits(rows: int) -> bool:
         if device.type != "cuda":  # elsewhere the system lends memory that it does not have
             return rows <= PRESETS[config.preset].micro_batch_size
-        fitted = hardware.fits_in_memory(model, rows, machine.autocast, machine.world_size)
+        if shard:
+            fitted = parallel.fits_sharded(model, rows, compiled, model.recompute)
+        else:
+            fitted = hardware.fits_in_memory(model, rows, machine.autocast, machine.world_size)
         return ranks.all_sum(fitted, device) == machine.world_size  # the same answer on every rank
 
     asked, world_size, batch = config.micro_batch_size, machine.world_size, config.total_batch_size
+    compiled, missing = hardware.choose_compile(config.compile, device)
+    rows_of_rank = batch // (T * world_size)
+    model.recompute = parallel.choose_recompute(config.recompute, model, rows_of_rank, compiled)
     if config.batch_ramp_tokens:  # the batch of every step is a multiple of the first
         first, flag = config.batch_ramp_start, "batch_ramp_start"
         hardware.choose_micro_batch_size(asked or 1, first, T, world_size, fits, flag, batch)
     B = hardware.choose_micro_batch_size(asked, batch, T, world_size, fits, "total_batch_size")
 
     # compiler, optimizers, ranks
-    compiled, missing = hardware.choose_compile(config.compile, device)
     if compiled:
         compile_model(model)
     run = Run(
@@ -798,57 +822,20 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
         train_windows=train_windows, val_windows=val_windows, data=data,
         micro_batch_size=B, compiled=compiled, saved=state is not None,
         notes=[
-            *missing, *hardware.ugly_dimensions(size.n_embd, size.n_head, T, B),
+            *notes, *missing, *hardware.ugly_dimensions(size.n_embd, size.n_head, T, B),
             *(hardware.small_micro_batch_note(B, batch, T, world_size) * (device.type == "cuda")),
         ],
     )  # fmt: skip
-    if machine.world_size > 1:
+    if machine.world_size > 1 and not shard:
         # Every rank has the whole model and its own rows. DDP starts all ranks with equal weights
         # and averages their gradients, so the weights stay equal. With the bucket view, the average
-        # stays in the buffer that was sent and is not copied.
+        # stays in the buffer that was sent and is not copied. (FSDP2 is in common/parallel.py.)
         run.ddp_model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     if state:
-        restore(run, state)
+        checkpoint.restore_run(run, state)
     elif config.resume:
         run.notes.append("nothing to resume: a new run")
     return run
-
-
-def restore(run: Run, state: dict[str, Any]) -> None:
-    """Put a run where a checkpoint's state was. The model has its weights already."""
-    for name, optimizer in run.optimizers.items():  # the groups stay as they are configured here
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]["state"]})
-    if run.scaler.is_enabled() and state["scaler"]:
-        run.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"])
-    run.step, run.tokens_seen = state["step"], state["windows_seen"] * run.train_windows.block_size
-    run.notes.append(f"continuing after step {run.step}")
-    before, now = state["train_config"]["max_steps"], run.config.max_steps
-    if before != now:
-        run.notes.append(f"max_steps was {before}, is now {now}: the learning rates change")
-
-
-def save(run: Run, log: RunLog) -> str:
-    """Write a checkpoint; return what failed, or an empty string. All ranks must call it."""
-    # each rank has a part of Muon's momentum, and state_dict() collects the parts
-    states = {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}
-
-    def write() -> str:
-        path, start = run.config.out_dir / f"ckpt_{run.step:06d}.pt", time.perf_counter()
-        state = checkpoint.run_state(
-            model=run.model, optimizers=states, scaler=run.scaler.state_dict(), step=run.step,
-            windows_seen=run.tokens_seen // run.train_windows.block_size,
-            model_config=plain(run.model.config), train_config=plain(run.config), data=run.data,
-        )  # fmt: skip
-        try:
-            with advice(f"continue from the previous checkpoint in {path.parent} with --resume"):
-                checkpoint.write_checkpoint(path, state, run.config.keep_checkpoints)
-        except OSError as error:  # the disk is full: next time there may be room
-            return f"{path} could not be written ({error}): make room"
-        log.write("checkpoint", run.step, path=str(path), seconds=time.perf_counter() - start)
-        return ""
-
-    return ranks.on_rank_0(write)
 
 
 # -----------------------------------------------------------------------------
@@ -878,7 +865,7 @@ def train(config: TrainConfig) -> None:
             what_to_do = "use --resume" if run.saved else "start again with another --out_dir"
         if isinstance(error, hardware.OutOfMemory):
             smaller = max((n for n in range(1, B) if B % n == 0), default=0)
-            one_row = "lower --block_size, or give a smaller --preset"
+            one_row = "give --recompute on, --shard on (several ranks), or a smaller --block_size"
             what_to_do = f"{what_to_do} and --micro_batch_size {smaller}" if smaller else one_row
         error.add_note(what_to_do)
         raise
@@ -896,6 +883,7 @@ def open_log(run: Run) -> RunLog:
         "run", run.step, config=plain(config), model_config=plain(model.config),  # as JSON types
         n_params=model.n_params, data=run.data, device=hardware.device_name(machine.device),
         micro_batch_size=run.micro_batch_size, world_size=machine.world_size, compile=run.compiled,
+        shard=parallel.is_sharded(model), recompute=model.recompute,
         dtype=str(machine.dtype).removeprefix("torch."),  # of matrix products
         **hardware.flops_of_run(model, machine.device, machine.world_size),  # for MFU
         passes=config.budget / (len(run.train_windows) * model.config.block_size),  # epochs
@@ -942,19 +930,20 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
             log.write("hellaswag", run.step, **score(model, questions, machine))
 
         # once in a while: what does it write? (the same prompt and seed each time, to compare)
-        if "sample" in due:  # `model`, not `ddp_model`: rank 0 writes while the other ranks wait
-            for text in ranks.on_rank_0(sample_text, model, config.seed, machine.autocast):
+        if "sample" in due:
+            for text in sample_text(model, config.seed, machine.autocast):
                 log.write("sample", run.step, text=text)
 
         # once in a while, and before leaving: save everything that the next step depends on
         if "checkpoint" in due or run.finished or stopping:
-            unsaved = save(run, log)
+            unsaved = checkpoint.save_run(run, log)
             run.saved |= not unsaved
         if run.finished or stopping:
             if unsaved:  # this must not look like success
                 raise OSError(f"{unsaved} and continue with --resume")
             if run.finished:  # the final weights, for other programs
-                weights, folder = dict(model.named_parameters()), config.out_dir / "hf"
+                folder = config.out_dir / "hf"
+                weights = parallel.on_rank_0_whole(dict(model.named_parameters()))
                 facts = run_facts(config.out_dir)  # for the model card: loss, data, commit
                 with advice("make room, then run export.py"):
                     ranks.on_rank_0(write_huggingface, plain(model.config), weights, folder, facts)

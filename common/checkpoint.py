@@ -1,14 +1,16 @@
 """A run's state on disk: its format, written whole or not at all, and checked before it is used."""
 
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
-from torch import serialization
+from torch import Tensor, serialization
 
+from common import parallel, ranks
+from common.cli import advice, plain
 from common.files import atomic_write
 
 RUN_KEYS = (
@@ -24,7 +26,7 @@ RUN_KEYS = (
 
 def run_state(
     *,
-    model: nn.Module,
+    weights: dict[str, Tensor],
     optimizers: dict[str, dict],
     scaler: dict,
     step: int,
@@ -35,12 +37,12 @@ def run_state(
 ) -> dict[str, Any]:
     """Return what a checkpoint holds: a dict of tensors and plain types.
 
-    `model` has the float32 parameters under Hugging Face's names, the tied matrix once. Each
+    `weights` are the float32 parameters by Hugging Face's names, the tied matrix once. Each
     optimizer has its own key ("optimizer" for AdamW, "muon"). `step` counts updates, `windows_seen`
     the rows trained on. `data` is the fingerprint of the shards, `rng` torch's generator (CPU).
     """
     return dict(
-        model={name: p.detach() for name, p in model.named_parameters()},
+        model={name: weight.detach() for name, weight in weights.items()},
         **optimizers,
         scaler=scaler,
         step=step,
@@ -52,15 +54,68 @@ def run_state(
     )
 
 
+def save_run(run: Any, log: Any) -> str:
+    """Write a run's checkpoint; return what failed, or an empty string. All ranks must call it.
+
+    The number of ranks, and whether the model was sharded, leave no trace in the file.
+    """
+    weights = parallel.on_rank_0_whole(dict(run.model.named_parameters()))
+    states = {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}
+    states = parallel.on_rank_0_whole(states)
+    path = run.config.out_dir / f"ckpt_{run.step:06d}.pt"
+
+    def write() -> str:
+        start = time.perf_counter()
+        state = run_state(
+            weights=weights, optimizers=states, scaler=run.scaler.state_dict(), step=run.step,
+            windows_seen=run.tokens_seen // run.train_windows.block_size,
+            model_config=plain(run.model.config), train_config=plain(run.config), data=run.data,
+        )  # fmt: skip
+        try:
+            with advice(f"continue from the previous checkpoint in {path.parent} with --resume"):
+                write_checkpoint(path, state, run.config.keep_checkpoints)
+        except OSError as error:  # the disk is full: next time there may be room
+            return f"{path} could not be written ({error}): make room"
+        log.write("checkpoint", run.step, path=str(path), seconds=time.perf_counter() - start)
+        return ""
+
+    return ranks.on_rank_0(write)
+
+
+def restore_run(run: Any, state: dict[str, Any]) -> None:
+    """Put a run where a checkpoint's state was. The model has its weights already.
+
+    All ranks must call it. Only rank 0's state needs numbers.
+    """
+    for name, optimizer in run.optimizers.items():  # the groups stay as they are configured here
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = {
+            i: {key: parallel.from_rank_0(value, params[i]) for key, value in entry.items()}
+            for i, entry in state[name]["state"].items()
+        }
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    if run.scaler.is_enabled() and state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(parallel.from_rank_0(state["rng"], next(run.model.parameters())).cpu())
+    run.step, run.tokens_seen = state["step"], state["windows_seen"] * run.train_windows.block_size
+    run.notes.append(f"continuing after step {run.step}")
+    before, now = state["train_config"]["max_steps"], run.config.max_steps
+    if before != now:
+        run.notes.append(f"max_steps was {before}, is now {now}: the learning rates change")
+
+
 def checkpoint_paths(out_dir: Path) -> list[Path]:
     """Return the checkpoints of a run, newest first."""
     found = [path for path in out_dir.glob("ckpt_*.pt") if path.stem[5:].isdigit()]
     return sorted(found, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's dict, on the CPU. Raises ValueError if a single byte is wrong."""
-    state = read_pickle(path)
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """Return a checkpoint's dict, on the CPU. Raises ValueError if a single byte is wrong.
+
+    `mmap`: a tensor is read from the disk when it is used.
+    """
+    state = read_pickle(path, mmap=mmap)
     if not is_checkpoint(state):
         raise ValueError(f"{path}: not a whole checkpoint (it holds no model)")
     return state
@@ -71,7 +126,7 @@ def is_checkpoint(state: Any) -> bool:
     return isinstance(state, dict) and {"model", "model_config"} <= state.keys()
 
 
-def read_pickle(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
+def read_pickle(path: Path, stand_ins: Sequence[tuple[type, str]] = (), mmap: bool = False) -> Any:
     """Return what torch.save has written, on the CPU, without running any code in it.
 
     `stand_ins`: classes that take the place of the classes with these names. Raises ValueError if a
@@ -89,18 +144,23 @@ def read_pickle(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
             unsafe = serialization.get_unsafe_globals_in_checkpoint(path)
             if unsafe:  # torch.load refuses them too, but does not name them in its first line
                 raise ValueError(f"it holds {unsafe[0]}, which may run code")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # zipfile, pickle and torch raise many kinds on damage
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a whole checkpoint ({reason})") from None
 
 
-def newest_checkpoint(out_dir: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Return the newest checkpoint from which a run can continue; None if there is none at all."""
+def newest_checkpoint(
+    out_dir: Path, say: Callable[[str], None], mmap: bool = False
+) -> dict[str, Any] | None:
+    """Return the newest checkpoint from which a run can continue; None if there is none at all.
+
+    For `mmap` see `read_checkpoint`.
+    """
     paths = checkpoint_paths(out_dir)
     for path in paths:
         try:
-            state = read_checkpoint(path)
+            state = read_checkpoint(path, mmap)
             if missing := sorted({*RUN_KEYS} - state.keys()):
                 raise ValueError(f"{path}: not the checkpoint of a run (no {missing[0]})")
             return state
@@ -131,7 +191,7 @@ def write_checkpoint(path: Path, state: dict[str, Any], keep: int) -> None:
 
 
 def build_model(
-    model_class: type, config_class: type, model_config: dict, weights: dict[str, torch.Tensor]
+    model_class: type, config_class: type, model_config: dict, weights: dict[str, Tensor]
 ) -> Any:
     """Return a model with these weights as float32. float32 weights are not copied.
 
@@ -177,7 +237,7 @@ def build_model(
     return model
 
 
-def check_shapes(weights: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+def check_shapes(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise ValueError that names the first tensor that is missing or has another shape."""
     for name, shape in shapes.items():
         if name not in weights:
@@ -187,8 +247,8 @@ def check_shapes(weights: dict[str, torch.Tensor], shapes: dict[str, tuple[int, 
 
 
 def crop_positions(
-    model_config: dict[str, Any], weights: dict[str, torch.Tensor], block_size: int | None
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    model_config: dict[str, Any], weights: dict[str, Tensor], block_size: int | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the configuration and weights of a model that reads only `block_size` tokens.
 
     The first positions compute what they did before. Nothing changes if the model has no more.

@@ -13,7 +13,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import ranks
 from common.hardware import attention_for_any_shape
+from common.parallel import evaluating, is_sharded
 from common.tokenizer import EOT, encode, encode_prompt, get_tokenizer
 
 
@@ -99,6 +101,7 @@ def stream(
     idx = torch.tensor([prompt], device=device)  # (1, T): the prompt is read once for all samples
     new, ended = idx, torch.zeros(num_samples, dtype=torch.bool, device=device)
     caches: list[LayerCache] = []
+    sharded = is_sharded(model)  # then a pass is work of all ranks, and they do equally many
     for _ in range(max_new_tokens):
         if caches and caches[0].used == context:
             # The context is full, and there is no vector for a further position. Dropping only the
@@ -122,7 +125,7 @@ def stream(
         choice = choose(logits, temperature, top_k, top_p, generator)
         ended |= choice == EOT
         yield [None if end else id for id, end in zip(choice.tolist(), ended.tolist(), strict=True)]
-        if ended.all():
+        if ended.all() and not sharded:
             return
         # An ended sample stays in the batch, because the others need it. It is not shown.
         new = choice[:, None]  # (B, 1)
@@ -153,12 +156,15 @@ def stream_text(model: nn.Module, prompt: str, **settings: int | float) -> Itera
 
 
 def sample_text(model: nn.Module, seed: int, autocast: torch.autocast | None = None) -> list[str]:
-    """Return two continuations of a fixed prompt: samples of one run can be compared."""
-    prompt, training = "Hello, I'm a language model,", model.training
-    ids = encode(prompt).tolist()
-    model.eval()
+    """Return two continuations of a fixed prompt: samples of one run can be compared.
+
+    All ranks must call it, because a sharded model needs all of them in every pass. They write the
+    same text. Rank 0 alone needs the tokenizer, which it may have to download.
+    """
+    prompt = "Hello, I'm a language model,"
+    ids = ranks.on_rank_0(lambda: encode(prompt).tolist())
     # not compiled: torch would compile again for every new length
-    with autocast or nullcontext(), torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager")
+    with evaluating(model), autocast or nullcontext(), eager:
         rows = generate(model, ids, num_samples=2, max_new_tokens=32, seed=seed)
-    model.train(training)
-    return [prompt + get_tokenizer().decode(row) for row in rows]
+    return ranks.on_rank_0(lambda: [prompt + get_tokenizer().decode(row) for row in rows])

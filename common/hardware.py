@@ -398,18 +398,22 @@ def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
     return size
 
 
+# Elements in the logits of a micro-batch: at 64 rows of 1,024 tokens a GPU is busy, and more were
+# not measured.
+TOO_MANY_LOGITS = 1 << 32
+
+
 def fits_in_memory(
     model: nn.Module, rows: int, autocast: torch.autocast, world_size: int = 1
 ) -> bool:
     """Return whether training on micro-batches of `rows` rows fits into GPU memory.
 
     The pass is not compiled: compiling would take longer. It leaves no gradients, and random
-    numbers as they were. Rows whose logits have 2^32 elements or more do not fit: at 64 rows of
-    1,024 tokens a GPU is busy, and more were not measured.
+    numbers as they were.
     """
     device = model.transformer.wpe.weight.device
     logits = rows * model.config.block_size * model.config.padded_vocab_size
-    if rows > 1 and logits >= 1 << 32:
+    if rows > 1 and logits >= TOO_MANY_LOGITS:
         return False
     fitted = True
     try:

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common import parallel
+
 
 class Muon(torch.optim.Muon):
     """Muon (Jordan et al., 2024) for a list of matrices, on one rank of several.
@@ -26,6 +28,8 @@ class Muon(torch.optim.Muon):
         **group: Any,  # more entries of the parameter group
     ):
         self.matrices = sorted(matrices, key=Tensor.numel, reverse=True)  # for equal shares
+        if parallel.is_sharded(matrices[0]):  # torch's products of parts are shared work already
+            rank, world_size = 0, 1
         self.rank, self.world_size = rank, world_size
         settings = dict(weight_decay=weight_decay, momentum=momentum)
         # its learning rate then means what AdamW's does: how far a typical weight moves

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import cli, hardware
 
@@ -310,7 +310,8 @@ def on_rank_0(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function on rank 0 alone; return its result, or raise its error, on every rank.
 
     All ranks must call it. They wait at the store, so the work may take longer than the time limit
-    of tensor operations, as long as rank 0 lives. Tensors in the result are on the CPU.
+    of tensor operations, as long as rank 0 lives. Tensors in the result have numbers on rank 0 only
+    (see `share`); `parallel.from_rank_0` sends them.
     """
     if _round is None:
         return function(*args)
@@ -331,50 +332,33 @@ def on_rank_0(function: Callable[..., Any], *args: Any) -> Any:
     return share(None) if said == "value" else None
 
 
-class TensorPickler(pickle.Pickler):
-    """Pickle a value without its tensors; keep these in a list."""
+class Outline(pickle.Pickler):
+    """Pickle a value with the shapes and dtypes of its tensors, but not their numbers."""
 
-    def __init__(self, file: io.BytesIO):
-        super().__init__(file)
-        self.tensors: list[Tensor] = []
-
-    def persistent_id(self, value: Any) -> int | None:
+    def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return None
-        self.tensors.append(value)
-        return len(self.tensors) - 1
+            return NotImplemented
+        return without_numbers, (value.shape, value.dtype, isinstance(value, nn.Parameter))
 
 
-class TensorUnpickler(pickle.Unpickler):
-    """Put the tensors of a list into a value pickled by TensorPickler."""
-
-    def __init__(self, file: io.BytesIO, tensors: list[Tensor]):
-        super().__init__(file)
-        self.tensors = tensors
-
-    def persistent_load(self, number: int) -> Tensor:
-        return self.tensors[number]
+def without_numbers(shape: torch.Size, dtype: torch.dtype, parameter: bool) -> Tensor:
+    """Return a tensor on the meta device, which has no memory."""
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    return nn.Parameter(tensor) if parameter else tensor
 
 
 def share(value: Any) -> Any:
-    """Return rank 0's value, of plain types and tensors, on every rank; others may give None."""
-    cuda = dist.get_backend() == "nccl"  # NCCL sends from GPU to GPU: one tensor at a time
+    """Return rank 0's value on every rank; others may give None.
+
+    Its tensors have numbers on rank 0 only. On other ranks they are on the meta device.
+    """
+    cuda = dist.get_backend() == "nccl"  # NCCL sends from GPU to GPU
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     file = io.BytesIO()
-    pickler = TensorPickler(file)
-    pickler.dump(value)
-    message = [(file.getvalue(), [(t.shape, t.dtype) for t in pickler.tensors])]
+    Outline(file).dump(value)
+    message = [file.getvalue()]
     dist.broadcast_object_list(message, src=0, device=device)
-    if _round.rank == 0:
-        for tensor in pickler.tensors:
-            dist.broadcast(tensor.detach().contiguous().to(device), src=0)
-        return value
-    tensors = []
-    for shape, dtype in message[0][1]:
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-        dist.broadcast(tensor, src=0)
-        tensors.append(tensor.cpu())
-    return TensorUnpickler(io.BytesIO(message[0][0]), tensors).load()
+    return value if _round.rank == 0 else pickle.loads(message[0])
 
 
 def all_sum(value: float, device: torch.device) -> float:

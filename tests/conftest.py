@@ -173,9 +173,16 @@ class Ended(NamedTuple):
 
 
 def run_ranks(
-    folder: Path, body: Callable, world_size: int, *args: Any, killed: int | None = None
+    folder: Path,
+    body: Callable,
+    world_size: int,
+    *args: Any,
+    killed: int | None = None,
+    seconds: float = 60,
 ) -> list[Ended]:
     """Call `body(rank, *args)` in as many processes; return what each has left.
+
+    They have so many seconds.
 
     The rank `killed` does not end by itself: it is killed after all others have ended.
     """
@@ -194,7 +201,7 @@ def run_ranks(
         process.start()
     for n, process in enumerate(processes):
         if n != killed:
-            process.join(timeout=60)
+            process.join(timeout=seconds)
     ended = []
     for n, process in enumerate(processes):
         process.kill()

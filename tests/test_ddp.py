@@ -141,7 +141,10 @@ def run_out_of_memory(rank: int, settings: list[dict], place: str) -> None:
 @pytest.mark.parametrize(
     ("place", "what_to_do"),
     [
-        ("DistributedDataParallel", "lower --block_size, or give a smaller --preset"),
+        (
+            "DistributedDataParallel",
+            "give --recompute on, --shard on (several ranks), or a smaller --block_size",
+        ),
         ("train_step", "start again with another --out_dir and --micro_batch_size 2"),
     ],
 )

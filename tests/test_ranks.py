@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from conftest import Ended, error_lines, run_ranks
 
-from common import cli, ranks
+from common import cli, parallel, ranks
 from common.ranks import Round, enter_round
 
 CPU = torch.device("cpu")
@@ -158,7 +158,8 @@ def long_work(rank: int, world_size: int) -> None:
 
     value = ranks.on_rank_0(work)
     assert ranks.on_rank_0(lambda: None) is None
-    matrix, number = value["moments"]
+    assert [t.device.type for t in value["moments"]] == 2 * [["cpu", "meta"][rank]]
+    matrix, number = (parallel.from_rank_0(t, torch.empty(1)) for t in value["moments"])
     assert torch.equal(matrix, torch.arange(6).view(2, 3).t())
     assert (value["step"], number.item(), number.shape) == (3, 1.5, ())
     print("equal")

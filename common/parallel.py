@@ -1,0 +1,231 @@
+"""A model on several ranks: whole on each of them (DDP), or dealt out over them (FSDP2).
+
+Sharded, a rank keeps a part of every parameter, of its gradient and of its moments. Before a block
+runs, forward or backward, the ranks gather its weights. After it they drop them again, and its
+gradient is averaged and dealt out. So every pass is work that all ranks do together.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from common import hardware, ranks
+
+# -----------------------------------------------------------------------------
+# dealing out, and collecting
+
+
+def spread(model: nn.Module, device: torch.device, shard: bool = False) -> nn.Module:
+    """Return rank 0's model on this rank's device: all of it or, with `shard`, this rank's part.
+
+    All ranks must call it. Only rank 0's model needs numbers: those of other ranks may be on the
+    meta device. They are sent tensor by tensor, so no other rank ever holds the whole model.
+    """
+    if not dist.is_initialized():
+        return model.to(device)
+    weights, training = dict(model.named_parameters()), model.training
+    with torch.device("meta"):  # shapes without memory
+        model = type(model)(model.config).train(training)
+    if shard:
+        # not at the top of this file: it takes half a second, and most commands do not need it
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        mesh = make_mesh(device)
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)  # the rest: embedding = head, positions, ln_f
+        register_fsdp_forward_method(model, "hidden")
+        # autocast would keep a bfloat16 copy of every whole block until the pass ends
+        torch.set_autocast_cache_enabled(False)
+    model.to_empty(device=device)
+    model.lm_head.weight = model.transformer.wte.weight  # still one matrix
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(from_rank_0(weights[name], p))
+    return model
+
+
+def make_mesh(device: torch.device) -> DeviceMesh:
+    """Return the ranks as FSDP2 needs them: sharded within a node, replicated across nodes.
+
+    Links inside a node are ten times as fast as those between nodes, and gathering needs them in
+    every pass. Between nodes, only the gradients of a part are averaged.
+    """
+    world_size, here = dist.get_world_size(), ranks_of_node()
+    if 1 < here < world_size:
+        return init_device_mesh(
+            device.type, (world_size // here, here), mesh_dim_names=("nodes", "ranks")
+        )
+    return init_device_mesh(device.type, (world_size,))
+
+
+def ranks_of_node() -> int:
+    """Return the ranks over which a model is dealt out: those of a node, or all.
+
+    All, if the launcher does not say how many a node has, or if each has only one. Raises
+    ValueError if the nodes have different numbers.
+    """
+    here, world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), dist.get_world_size()
+    ranks.check_equal({"nproc_per_node": here})
+    return here if here > 1 and world_size % here == 0 else world_size
+
+
+def from_rank_0(value: Tensor, like: Tensor) -> Tensor:
+    """Return rank 0's tensor on the device of `like`: all of it, or the part that `like` has.
+
+    All ranks must call it; on other ranks than 0 only shape and dtype of `value` matter. It is a
+    part if `like` is a part of a tensor of the same shape.
+    """
+    if not dist.is_initialized():
+        return value
+    whole = torch.empty(value.shape, dtype=value.dtype, device=like.device)
+    if dist.get_rank() == 0:
+        whole.copy_(value)
+    if is_sharded(like) and like.shape == value.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(whole, like.device_mesh, like.placements)
+    dist.broadcast(whole, src=0)
+    return whole
+
+
+def on_rank_0_whole(tensors: Any) -> Any:
+    """Return dicts of tensors with sharded ones put together, on the CPU of rank 0.
+
+    All ranks must call it. On other ranks such tensors are empty, because one copy is enough.
+    Tensors that are not sharded, and all other values, stay as they are.
+    """
+    if isinstance(tensors, dict):
+        return {name: on_rank_0_whole(value) for name, value in tensors.items()}
+    if not is_sharded(tensors):
+        return tensors
+    whole = tensors.detach().full_tensor()  # one tensor at a time is whole on every device
+    return whole.cpu() if dist.get_rank() == 0 else torch.empty(0)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+    """Scale all gradients down so that their norm is at most `most`; return it from before.
+
+    On a CPU, torch adds up the squares of a tensor one after the other, in float32: the norm of 38
+    million numbers is 0.3% too small, and that of their parts less. So on a CPU it is the norm of
+    the norms of rows, which is exact to 1e-7 and takes as long.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    parts = [
+        torch.linalg.vector_norm(p.grad, dim=1)
+        if p.dim() == 2 and p.device.type == "cpu"
+        else p.grad
+        for p in parameters
+    ]
+    norm = nn.utils.get_total_norm(parts)
+    nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm.full_tensor() if is_sharded(norm) else norm
+
+
+def is_sharded(part: Any) -> bool:
+    """Tell whether this is a model of FSDP2 or one of its tensors, by what only these have."""
+    return hasattr(part, "reshard") or hasattr(part, "full_tensor")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let a model predict without dropout in this block. All ranks do equally many passes in it."""
+    training = model.training
+    model.eval()
+    yield
+    model.train(training)
+    if is_sharded(model):  # after a pass the embedding is still whole, for the head or a next pass
+        model.reshard()
+
+
+# -----------------------------------------------------------------------------
+# memory: when to deal out, and when to compute activations again
+
+# Bytes of float32 state a parameter: with DDP weight, gradient and two moments, the buckets that
+# are sent, and for a moment new buckets (`hardware.try_micro_step`); sharded, the first four.
+DDP_BYTES, SHARDED_BYTES = 24, 16
+ROOM = 0.7  # the part of a GPU's memory that DDP's state may take: activations need the rest
+USABLE = 0.9  # the part of free memory that can be planned with: the rest is lost between blocks
+ENOUGH_TOKENS = 4096  # in a micro-batch. With fewer, a GPU waits for weights that others send.
+
+
+def choose_shard(setting: str, n_params: int, device: torch.device) -> tuple[bool, list[str]]:
+    """Return whether to deal the model out over the ranks, and a note with the numbers if so.
+
+    `auto` does it if DDP's state would not leave enough of a GPU's memory. Raises ValueError if it
+    is asked for and there is only one rank.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if setting == "on":
+            raise ValueError(
+                "shard on: there is only one rank, and nobody to share with: start several with "
+                "torchrun --nproc_per_node, or leave --shard out"
+            )
+        return False, []
+    cuda = device.type == "cuda"  # elsewhere the memory is the system's, which others use too
+    has = torch.cuda.get_device_properties(device).total_memory if cuda else math.inf
+    needed = DDP_BYTES * n_params > ROOM * has
+    if setting == "off" or (setting == "auto" and not ranks.all_sum(needed, device)):
+        return False, []
+    parts = ranks_of_node()
+    sizes = (SHARDED_BYTES * n_params / parts, DDP_BYTES * n_params, 12 * n_params)
+    own, ddp, file = (f"{size / 1e9:,.{int(size < 1e10)}f} GB" for size in sizes)
+    of = f" of {has / 1e9:,.0f} GB" if cuda else ""
+    return True, [
+        f"the model is dealt out over {parts} ranks: {own} of weights, gradients and moments on "
+        f"each{of} (DDP: up to {ddp}). A checkpoint has {file}, and rank 0 needs that much main "
+        "memory to write it"
+    ]
+
+
+def bytes_of_step(model: nn.Module, rows: int, parts: int, compiled: bool, recompute: bool) -> int:
+    """Return the GPU memory of a rank in a step with micro-batches of `rows` rows, sharded.
+
+    The constants are counted with simulated ranks (benchmarks/scaling.md). Compiled blocks keep
+    less, so this is the most that a step can need.
+    """
+    size = model.config
+    C, L, positions = size.n_embd, size.n_layer, rows * size.block_size
+    block = sum(p.numel() for p in model.transformer.h[0].parameters())
+    rest = model.n_params - L * block
+    # whole for a time: the rest and its gradient; two blocks, the one that arrives, and a gradient
+    # that is on its way, twice
+    whole = 8 * rest + 20 * block
+    # A block keeps 37 bytes for each channel of each position, in bfloat16 mostly. The logits are
+    # there in bfloat16 and float32, with gradients.
+    activations, logits = 37 * C * positions, 12 * size.padded_vocab_size * positions
+    if recompute:  # only the inputs of blocks, in bfloat16, and all of one block
+        kept = 2 * L * C * positions + max(activations, logits)
+    else:
+        kept = L * activations + logits + (0 if compiled else 2 * model.n_params)
+    return SHARDED_BYTES * model.n_params // parts + whole + kept
+
+
+def fits_sharded(model: nn.Module, rows: int, compiled: bool, recompute: bool) -> bool:
+    """Return whether a step of a sharded model fits into the memory of this rank's GPU."""
+    device = next(model.parameters()).device
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    parts = next(model.parameters()).device_mesh.shape[-1]
+    needed = bytes_of_step(model, rows, parts, compiled, recompute)
+    logits = rows * model.config.block_size * model.config.padded_vocab_size
+    return needed <= USABLE * free and (rows == 1 or logits < hardware.TOO_MANY_LOGITS)
+
+
+def choose_recompute(setting: str, model: nn.Module, rows: int, compiled: bool) -> bool:
+    """Return whether blocks are computed again in the backward pass instead of kept in memory.
+
+    `auto` does it if a sharded model could otherwise take only small micro-batches. `rows` are
+    those of a rank in a step.
+    """
+    device = next(model.parameters()).device
+    if setting != "auto" or not is_sharded(model) or device.type != "cuda":
+        return setting == "on"
+    enough = min(rows, math.ceil(ENOUGH_TOKENS / model.config.block_size))
+    return ranks.all_sum(not fits_sharded(model, enough, compiled, False), device) > 0
