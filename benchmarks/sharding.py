@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +29,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import parallel  # noqa: E402
-from common.hardware import TOO_MANY_LOGITS  # noqa: E402
+from common.hardware import TOO_MANY_LOGITS as MOST  # noqa: E402
 from train_gpt2 import GPT, PRESETS, GPTConfig  # noqa: E402
 
 PRINTED = ("gpt2-xl", "gpt3-2.7b", "gpt3-6.7b", "gpt3-13b")
-CPU, NODE, CARD = torch.device("cpu"), 8, 80e9  # ranks of a node; bytes of a GPU
+CPU, NODE = torch.device("cpu"), 8  # ranks of a node
+USABLE = parallel.USABLE * 80e9  # bytes of a GPU
 PEAK, MFU = 989e12, 0.45  # an H100's FLOP/s in bfloat16; what a model is expected to reach
 NVLINK, NETWORK = 450e9, 50e9  # bytes a second and direction, for each GPU
 
@@ -91,32 +93,39 @@ def simulate(world_size: int, here: int) -> None:
     dist.init_process_group("fake", rank=1, world_size=world_size, store=FakeStore())
 
 
+def logits_of(config: GPTConfig) -> int:
+    return config.block_size * config.padded_vocab_size
+
+
 def row(values: list) -> str:
     return "| " + " | ".join(v if isinstance(v, str) else f"{v / 1e9:.1f}" for v in values) + " |"
 
 
 def tables() -> None:
     header = ["preset", "ranks", "recompute", "weights", "gradients", "moments", "gathered"]
-    header += ["activations, 1 row", "2 rows", "total, 1 row", "rows in 80 GB", "total", "planned"]
+    header += ["activations of 1 row", "of 2", "total, 1 row", "rows in 80 GB", "their total"]
+    header += ["planned", "rows, compiled", "planned"]
     print(row(header), row(["---"] * len(header)), sep="\n")
     for preset in PRINTED:
+        config = config_of(preset)
+        with torch.device("meta"):
+            model = GPT(config)
         for world_size in (8, 64):
             simulate(world_size, NODE)
             for recompute in (False, True):
-                config = config_of(preset)
-                with torch.device("meta"):
-                    model = GPT(config)
-                counts, rows = {}, 1
-                while rows == 1 or counts[rows // 2].total <= parallel.USABLE * CARD:
-                    if rows * config.block_size * config.padded_vocab_size >= TOO_MANY_LOGITS:
+                plan = partial(parallel.bytes_of_step, model, parts=NODE, recompute=recompute)
+                possible = [n for n in (1, 2, 4, 8, 16, 32, 64) if n * logits_of(config) < MOST]
+                counts = {}
+                for n in possible:
+                    counts[n] = count(config, n, recompute)
+                    if counts[n].total > USABLE:
                         break
-                    counts[rows] = count(config, rows, recompute)
-                    rows *= 2
-                most = max(n for n, c in counts.items() if c.total <= parallel.USABLE * CARD)
-                guess = parallel.bytes_of_step(model, most, NODE, False, recompute)
+                most = max(n for n, counted in counts.items() if counted.total <= USABLE)
+                compiled = max(n for n in possible if plan(rows=n, compiled=True) <= USABLE)
                 cells = [preset, str(world_size), "on" if recompute else "off", *counts[1][:4]]
-                cells += [counts[1].activations, counts[2].activations, counts[1].total]
-                print(row([*cells, str(most), counts[most].total, guess]), flush=True)
+                cells += [counts[1].activations, counts[2].activations, counts[1].total, str(most)]
+                cells += [counts[most].total, plan(rows=most, compiled=False), str(compiled)]
+                print(row([*cells, plan(rows=compiled, compiled=True)]), flush=True)
     print()
     header = [
         "preset",

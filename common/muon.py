@@ -15,7 +15,8 @@ class Muon(torch.optim.Muon):
     It replaces the averaged gradient of a matrix by the nearest orthogonal matrix, so that all
     directions move equally, scaled to the size of AdamW's updates (Liu et al., 2025, section 2.2).
     Each rank does this for its share of the matrices. Then the ranks exchange the weights. Only
-    the owner of a matrix has its current momentum.
+    the owner of a matrix has its current momentum. Matrices that are dealt out over the ranks
+    (FSDP2) need none of this: torch multiplies them together, part by part.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class Muon(torch.optim.Muon):
         **group: Any,  # more entries of the parameter group
     ):
         self.matrices = sorted(matrices, key=Tensor.numel, reverse=True)  # for equal shares
-        if parallel.is_sharded(matrices[0]):  # torch's products of parts are shared work already
+        if parallel.is_sharded(matrices[0]):
             rank, world_size = 0, 1
         self.rank, self.world_size = rank, world_size
         settings = dict(weight_decay=weight_decay, momentum=momentum)
@@ -49,6 +50,7 @@ class Muon(torch.optim.Muon):
                 p.grad = None  # torch's Muon skips it
         super().step()
         self.exchange([p.detach() for p in self.matrices])
+        parallel.equal_nodes(self.matrices)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state with every momentum; all ranks must call it."""

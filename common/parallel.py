@@ -6,6 +6,7 @@ gradient is averaged and dealt out. So every pass is work that all ranks do toge
 """
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -60,6 +61,9 @@ def make_mesh(device: torch.device) -> DeviceMesh:
     """
     world_size, here = dist.get_world_size(), ranks_of_node()
     if 1 < here < world_size:
+        # Muon's sums over both dimensions take two operations. torch warns that it is slow (Muon
+        # takes seconds a step at most) and inexact (`equal_nodes`).
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         return init_device_mesh(
             device.type, (world_size // here, here), mesh_dim_names=("nodes", "ranks")
         )
@@ -94,6 +98,17 @@ def from_rank_0(value: Tensor, like: Tensor) -> Tensor:
         return distribute_tensor(whole, like.device_mesh, like.placements)
     dist.broadcast(whole, src=0)
     return whole
+
+
+def equal_nodes(parameters: list[nn.Parameter]) -> None:
+    """Give every node the first node's copy of sharded parameters, bit for bit.
+
+    It is needed after an update that adds up what several ranks have computed: a sum in another
+    order is another number, and copies that differ would drift apart.
+    """
+    for p in parameters:
+        if is_sharded(p) and p.device_mesh.ndim > 1:
+            dist.broadcast(p.detach().to_local(), group=p.device_mesh.get_group(0), group_src=0)
 
 
 def on_rank_0_whole(tensors: Any) -> Any:
@@ -195,17 +210,17 @@ def bytes_of_step(model: nn.Module, rows: int, parts: int, compiled: bool, recom
     C, L, positions = size.n_embd, size.n_layer, rows * size.block_size
     block = sum(p.numel() for p in model.transformer.h[0].parameters())
     rest = model.n_params - L * block
-    # whole for a time: the rest and its gradient; two blocks, the one that arrives, and a gradient
-    # that is on its way, twice
-    whole = 8 * rest + 20 * block
-    # A block keeps 37 bytes for each channel of each position, in bfloat16 mostly. The logits are
-    # there in bfloat16 and float32, with gradients.
-    activations, logits = 37 * C * positions, 12 * size.padded_vocab_size * positions
-    if recompute:  # only the inputs of blocks, in bfloat16, and all of one block
-        kept = 2 * L * C * positions + max(activations, logits)
-    else:
-        kept = L * activations + logits + (0 if compiled else 2 * model.n_params)
-    return SHARDED_BYTES * model.n_params // parts + whole + kept
+    # A block keeps 34 bytes for each channel of each position, in bfloat16 mostly; computed again,
+    # only its input. All of that is there when the backward pass begins, at the logits, and nearly
+    # all in the first block that it comes to.
+    one_block, logits = 34 * C * positions, 12 * size.padded_vocab_size * positions
+    kept = L * (2 * C * positions if recompute else one_block)
+    # whole for a time: two blocks, one just arriving, and a gradient, twice while it is on its way
+    in_block = 20 * block + (one_block if recompute else 0)
+    kept += 8 * rest + max(logits, in_block)  # the rest is whole all the time, and its gradient
+    if not (compiled or recompute):
+        kept += 2 * model.n_params  # copies in bfloat16
+    return SHARDED_BYTES * model.n_params // parts + kept
 
 
 def fits_sharded(model: nn.Module, rows: int, compiled: bool, recompute: bool) -> bool:
