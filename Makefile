@@ -21,7 +21,7 @@ test: .venv/.dev
 # The slow tests: dozens of kills, a rank that hangs, two nodes (as root, on Linux). Ten minutes and more.
 test-faults: .venv/.dev
 	$(BIN)/python -m pytest -m "slow or not slow" tests/test_faults.py tests/test_resume.py
-	$(BIN)/python -m pytest -m slow tests/test_fineweb.py tests/test_ddp.py tests/test_nodes.py
+	$(BIN)/python -m pytest -m slow tests/test_fineweb.py tests/test_ddp.py tests/test_nodes.py tests/test_parallel.py
 
 test-dashboards: .venv/.dev
 	$(BIN)/python -m pip install -q tensorboard==2.21.0 wandb==0.31.0

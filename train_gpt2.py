@@ -796,15 +796,15 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
         if device.type != "cuda":  # elsewhere the system lends memory that it does not have
             return rows <= PRESETS[config.preset].micro_batch_size
         if shard:
-            fitted = parallel.fits_sharded(model, rows, compiled, model.recompute)
+            fitted = parallel.fits_sharded(model, rows, dtype, compiled, model.recompute)
         else:
             fitted = hardware.fits_in_memory(model, rows, machine.autocast, machine.world_size)
         return ranks.all_sum(fitted, device) == machine.world_size  # the same answer on every rank
 
     asked, world_size, batch = config.micro_batch_size, machine.world_size, config.total_batch_size
     compiled, missing = hardware.choose_compile(config.compile, device)
-    rows_of_rank = batch // (T * world_size)
-    model.recompute = parallel.choose_recompute(config.recompute, model, rows_of_rank, compiled)
+    dtype, mine = machine.dtype, batch // (T * world_size)  # rows of a rank in a step
+    model.recompute = parallel.choose_recompute(config.recompute, model, mine, dtype, compiled)
     if config.batch_ramp_tokens:  # the batch of every step is a multiple of the first
         first, flag = config.batch_ramp_start, "batch_ramp_start"
         hardware.choose_micro_batch_size(asked or 1, first, T, world_size, fits, flag, batch)

@@ -58,7 +58,9 @@ def config_of(preset: str, **changes: int) -> GPTConfig:
     return GPTConfig(**{name: getattr(PRESETS[preset], name) for name in names} | changes)
 
 
-def count(config: GPTConfig, rows: int, recompute: bool, bfloat16: bool = True) -> Count:
+def count(
+    config: GPTConfig, rows: int, recompute: bool, dtype: torch.dtype = torch.bfloat16
+) -> Count:
     """Count the bytes of a simulated rank; a process group must be there."""
     mesh = parallel.make_mesh(CPU)  # it needs real tensors, so it is made before
     make_mesh, parallel.make_mesh = parallel.make_mesh, lambda device: mesh
@@ -73,7 +75,7 @@ def count(config: GPTConfig, rows: int, recompute: bool, bfloat16: bool = True) 
             x = torch.zeros(rows, config.block_size, dtype=torch.long)
             for _ in range(2):
                 tracker.reset_mod_stats()  # it counts each module once; the peak stays
-                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                     loss = model(x, x)
                 loss.backward()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
@@ -113,7 +115,13 @@ def tables() -> None:
         for world_size in (8, 64):
             simulate(world_size, NODE)
             for recompute in (False, True):
-                plan = partial(parallel.bytes_of_step, model, parts=NODE, recompute=recompute)
+                plan = partial(
+                    parallel.bytes_of_step,
+                    model,
+                    parts=NODE,
+                    dtype=torch.bfloat16,
+                    recompute=recompute,
+                )
                 possible = [n for n in (1, 2, 4, 8, 16, 32, 64) if n * logits_of(config) < MOST]
                 counts = {}
                 for n in possible:
@@ -175,7 +183,7 @@ def check() -> None:
     simulate(2, 2)
     for preset, rows, recompute in (("gpt2-medium", 2, False), ("gpt2-medium", 32, False),
                                     ("gpt2-medium", 32, True)):  # fmt: skip
-        counted = count(config_of(preset, **changes), rows, recompute, bfloat16=False).total
+        counted = count(config_of(preset, **changes), rows, recompute, torch.float32).total
         with tempfile.TemporaryDirectory() as folder:
             for name in ("x_train_0.npy", "x_val_0.npy"):
                 np.save(Path(folder, name), np.arange(40000, dtype=np.uint16))

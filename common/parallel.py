@@ -200,7 +200,9 @@ def choose_shard(setting: str, n_params: int, device: torch.device) -> tuple[boo
     ]
 
 
-def bytes_of_step(model: nn.Module, rows: int, parts: int, compiled: bool, recompute: bool) -> int:
+def bytes_of_step(
+    model: nn.Module, rows: int, parts: int, dtype: torch.dtype, compiled: bool, recompute: bool
+) -> int:
     """Return the GPU memory of a rank in a step with micro-batches of `rows` rows, sharded.
 
     The constants are counted with simulated ranks (benchmarks/scaling.md). Compiled blocks keep
@@ -210,30 +212,35 @@ def bytes_of_step(model: nn.Module, rows: int, parts: int, compiled: bool, recom
     C, L, positions = size.n_embd, size.n_layer, rows * size.block_size
     block = sum(p.numel() for p in model.transformer.h[0].parameters())
     rest = model.n_params - L * block
-    # A block keeps 34 bytes for each channel of each position, in bfloat16 mostly; computed again,
-    # only its input. All of that is there when the backward pass begins, at the logits, and nearly
-    # all in the first block that it comes to.
-    one_block, logits = 34 * C * positions, 12 * size.padded_vocab_size * positions
-    kept = L * (2 * C * positions if recompute else one_block)
+    # A block keeps so many bytes for each channel of each position; computed again, only its input.
+    # All of that is there when the backward pass begins, at the logits, and nearly all in the first
+    # block that it comes to.
+    of_block, of_input = {torch.bfloat16: (34, 2), torch.float16: (40, 4)}.get(dtype, (64, 4))
+    one_block, logits = of_block * C * positions, 12 * size.padded_vocab_size * positions
+    kept = L * (of_input * C * positions if recompute else one_block)
     # whole for a time: two blocks, one just arriving, and a gradient, twice while it is on its way
     in_block = 20 * block + (one_block if recompute else 0)
     kept += 8 * rest + max(logits, in_block)  # the rest is whole all the time, and its gradient
-    if not (compiled or recompute):
-        kept += 2 * model.n_params  # copies in bfloat16
+    if not (compiled or recompute or dtype == torch.float32):
+        kept += 2 * model.n_params  # copies in 16 bits
     return SHARDED_BYTES * model.n_params // parts + kept
 
 
-def fits_sharded(model: nn.Module, rows: int, compiled: bool, recompute: bool) -> bool:
+def fits_sharded(
+    model: nn.Module, rows: int, dtype: torch.dtype, compiled: bool, recompute: bool
+) -> bool:
     """Return whether a step of a sharded model fits into the memory of this rank's GPU."""
     device = next(model.parameters()).device
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     parts = next(model.parameters()).device_mesh.shape[-1]
-    needed = bytes_of_step(model, rows, parts, compiled, recompute)
+    needed = bytes_of_step(model, rows, parts, dtype, compiled, recompute)
     logits = rows * model.config.block_size * model.config.padded_vocab_size
     return needed <= USABLE * free and (rows == 1 or logits < hardware.TOO_MANY_LOGITS)
 
 
-def choose_recompute(setting: str, model: nn.Module, rows: int, compiled: bool) -> bool:
+def choose_recompute(
+    setting: str, model: nn.Module, rows: int, dtype: torch.dtype, compiled: bool
+) -> bool:
     """Return whether blocks are computed again in the backward pass instead of kept in memory.
 
     `auto` does it if a sharded model could otherwise take only small micro-batches. `rows` are
@@ -243,4 +250,5 @@ def choose_recompute(setting: str, model: nn.Module, rows: int, compiled: bool) 
     if setting != "auto" or not is_sharded(model) or device.type != "cuda":
         return setting == "on"
     enough = min(rows, math.ceil(ENOUGH_TOKENS / model.config.block_size))
-    return ranks.all_sum(not fits_sharded(model, enough, compiled, False), device) > 0
+    fitting = fits_sharded(model, enough, dtype, compiled, recompute=False)
+    return ranks.all_sum(not fitting, device) > 0

@@ -356,10 +356,11 @@ def count_bytes(rank: int) -> None:
     config = GPTConfig(n_layer=6, n_head=8, n_embd=1024, block_size=512)
     with torch.device("meta"):
         model = GPT(config)
-    for recompute in (False, True):
-        counted = sharding.count(config, 8, recompute)
+    for dtype, recompute in (("float32", False), ("bfloat16", False), ("float16", True)):
+        dtype = getattr(torch, dtype)
+        counted = sharding.count(config, 8, recompute, dtype)
         assert counted.weights == counted.gradients == counted.moments / 2
-        print(parallel.bytes_of_step(model, 8, 8, False, recompute) / counted.total)
+        print(parallel.bytes_of_step(model, 8, 8, dtype, False, recompute) / counted.total)
 
 
 def test_what_is_planned_for_a_step_is_enough_and_not_far_too_much(tmp_path):
@@ -464,9 +465,9 @@ def test_blocks_are_computed_again_if_only_small_micro_batches_would_fit(
     monkeypatch.setattr(block, "parameters", lambda: sizes)
     monkeypatch.setattr(model, "parameters", lambda: iter([part]))
     with Cards(gigabytes * 1e9):
-        found = parallel.choose_recompute("auto", model, 64, True)
+        found = parallel.choose_recompute("auto", model, 64, torch.bfloat16, True)
         assert found == recompute
-        assert parallel.choose_recompute("off", model, 64, True) is False
-        assert parallel.choose_recompute("on", model, 64, True) is True
-        fits = lambda n: parallel.fits_sharded(model, n, True, found)  # noqa: E731
+        assert parallel.choose_recompute("off", model, 64, torch.bfloat16, True) is False
+        assert parallel.choose_recompute("on", model, 64, torch.bfloat16, True) is True
+        fits = lambda n: parallel.fits_sharded(model, n, torch.bfloat16, True, found)  # noqa: E731
         assert hardware.largest_that_fits(64, fits) == rows
