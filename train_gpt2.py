@@ -353,7 +353,7 @@ class GPT(nn.Module):
         Targets of -1 do not count. The logits of padded ids have no meaning: cut them off at
         `config.vocab_size` before you choose a token.
         """
-        x = self.hidden(idx)  # (B, T, C)
+        x = GPT.hidden(self, idx)  # (B, T, C); FSDP2 wraps self.hidden, and would end the pass here
         if targets is None:
             return self.lm_head(x)
         # The loss of 64 rows (3.3 billion logits) is taken in two halves.
@@ -652,8 +652,11 @@ def train_step(
         if machine.world_size > 1:
             # DDP averages gradients over the ranks in a backward pass. To do it in the last one is
             # enough, and sends 1/grad_accum_steps of the bytes. (DDP's no_sync() sets this too.)
-            # FSDP2 ignores it: it deals out the gradient of a block as soon as it is whole.
-            model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+            last = micro_step == grad_accum_steps - 1
+            if parallel.is_sharded(model):  # in a node always: whole gradients need too much room
+                model.set_requires_all_reduce(last)
+            else:
+                model.require_backward_grad_sync = last
         with machine.autocast:
             # Each loss is a mean over its micro-batch, and backward() adds gradients up. Without
             # the division the gradient would be grad_accum_steps times too large.
@@ -804,7 +807,9 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
     asked, world_size, batch = config.micro_batch_size, machine.world_size, config.total_batch_size
     compiled, missing = hardware.choose_compile(config.compile, device)
     dtype, mine = machine.dtype, batch // (T * world_size)  # rows of a rank in a step
-    model.recompute = parallel.choose_recompute(config.recompute, model, mine, dtype, compiled)
+    model.recompute = parallel.choose_recompute(
+        config.recompute, model, asked, mine, dtype, compiled
+    )
     if config.batch_ramp_tokens:  # the batch of every step is a multiple of the first
         first, flag = config.batch_ramp_start, "batch_ramp_start"
         hardware.choose_micro_batch_size(asked or 1, first, T, world_size, fits, flag, batch)
@@ -865,7 +870,7 @@ def train(config: TrainConfig) -> None:
             what_to_do = "use --resume" if run.saved else "start again with another --out_dir"
         if isinstance(error, hardware.OutOfMemory):
             smaller = max((n for n in range(1, B) if B % n == 0), default=0)
-            one_row = "give --recompute on, --shard on (several ranks), or a smaller --block_size"
+            one_row = "give more GPUs, --recompute on, or a smaller --block_size or --preset"
             what_to_do = f"{what_to_do} and --micro_batch_size {smaller}" if smaller else one_row
         error.add_note(what_to_do)
         raise

@@ -73,7 +73,8 @@ def count(
         tracker = FSDPMemTracker(model)
         with tracker:
             x = torch.zeros(rows, config.block_size, dtype=torch.long)
-            for _ in range(2):
+            for micro_step in range(2):
+                model.set_requires_all_reduce(micro_step == 1)
                 tracker.reset_mod_stats()  # it counts each module once; the peak stays
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                     loss = model(x, x)
@@ -115,19 +116,15 @@ def tables() -> None:
         for world_size in (8, 64):
             simulate(world_size, NODE)
             for recompute in (False, True):
-                plan = partial(
-                    parallel.bytes_of_step,
-                    model,
-                    parts=NODE,
-                    dtype=torch.bfloat16,
-                    recompute=recompute,
-                )
+                settings = {"parts": NODE, "dtype": torch.bfloat16, "recompute": recompute}
+                plan = partial(parallel.bytes_of_step, model, **settings)
                 possible = [n for n in (1, 2, 4, 8, 16, 32, 64) if n * logits_of(config) < MOST]
-                counts = {}
-                for n in possible:
-                    counts[n] = count(config, n, recompute)
-                    if counts[n].total > USABLE:
-                        break
+                start = max(
+                    (n for n in possible if plan(rows=n, compiled=False) <= USABLE), default=1
+                )
+                counts = {n: count(config, n, recompute) for n in {1, 2, start}}
+                while max(counts) < max(possible) and counts[max(counts)].total <= USABLE:
+                    counts[2 * max(counts)] = count(config, 2 * max(counts), recompute)
                 most = max(n for n, counted in counts.items() if counted.total <= USABLE)
                 compiled = max(n for n in possible if plan(rows=n, compiled=True) <= USABLE)
                 cells = [preset, str(world_size), "on" if recompute else "off", *counts[1][:4]]

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from common import hardware, ranks
+from common.cli import advice
 
 # -----------------------------------------------------------------------------
 # dealing out, and collecting
@@ -27,7 +28,8 @@ def spread(model: nn.Module, device: torch.device, shard: bool = False) -> nn.Mo
     """Return rank 0's model on this rank's device: all of it or, with `shard`, this rank's part.
 
     All ranks must call it. Only rank 0's model needs numbers: those of other ranks may be on the
-    meta device. They are sent tensor by tensor, so no other rank ever holds the whole model.
+    meta device. They are sent tensor by tensor, so with `shard` no other rank ever holds more than
+    one whole tensor. It also turns off autocast's cache of weights, for good.
     """
     if not dist.is_initialized():
         return model.to(device)
@@ -43,7 +45,7 @@ def spread(model: nn.Module, device: torch.device, shard: bool = False) -> nn.Mo
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)  # the rest: embedding = head, positions, ln_f
         register_fsdp_forward_method(model, "hidden")
-        # autocast would keep a bfloat16 copy of every whole block until the pass ends
+        # it would keep a bfloat16 copy of every whole block until the pass ends
         torch.set_autocast_cache_enabled(False)
     model.to_empty(device=device)
     model.lm_head.weight = model.transformer.wte.weight  # still one matrix
@@ -56,28 +58,32 @@ def spread(model: nn.Module, device: torch.device, shard: bool = False) -> nn.Mo
 def make_mesh(device: torch.device) -> DeviceMesh:
     """Return the ranks as FSDP2 needs them: sharded within a node, replicated across nodes.
 
-    Links inside a node are ten times as fast as those between nodes, and gathering needs them in
-    every pass. Between nodes, only the gradients of a part are averaged.
+    Weights are gathered in every pass, over the fast links inside a node. Between nodes, only the
+    gradients of a part are averaged, once a step.
     """
     world_size, here = dist.get_world_size(), ranks_of_node()
-    if 1 < here < world_size:
-        # Muon's sums over both dimensions take two operations. torch warns that it is slow (Muon
-        # takes seconds a step at most) and inexact (`equal_nodes`).
-        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-        return init_device_mesh(
-            device.type, (world_size // here, here), mesh_dim_names=("nodes", "ranks")
-        )
-    return init_device_mesh(device.type, (world_size,))
+    if here == world_size:
+        return DeviceMesh.from_group(dist.group.WORLD, device.type)
+    # Muon's sums over both dimensions take two operations. torch warns that this is slow (it was
+    # not measured) and inexact (`equal_nodes`).
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    grid = torch.arange(world_size).view(-1, here)  # a row for each node
+    groups = [
+        dist.new_subgroups_by_enumeration(lines.tolist(), timeout=ranks.time_limit())[0]
+        for lines in (grid.T, grid)
+    ]
+    return DeviceMesh.from_group(groups, device.type, grid, mesh_dim_names=("nodes", "ranks"))
 
 
 def ranks_of_node() -> int:
     """Return the ranks over which a model is dealt out: those of a node, or all.
 
-    All, if the launcher does not say how many a node has, or if each has only one. Raises
+    All, if the launcher does not say how many a node has, or if each has only one rank. Raises
     ValueError if the nodes have different numbers.
     """
     here, world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), dist.get_world_size()
-    ranks.check_equal({"nproc_per_node": here})
+    with advice("start as many ranks on every node, or give --shard off"):
+        ranks.check_equal({"nproc_per_node": here})
     return here if here > 1 and world_size % here == 0 else world_size
 
 
@@ -95,8 +101,12 @@ def from_rank_0(value: Tensor, like: Tensor) -> Tensor:
     if is_sharded(like) and like.shape == value.shape:
         from torch.distributed.tensor import distribute_tensor
 
-        return distribute_tensor(whole, like.device_mesh, like.placements)
-    dist.broadcast(whole, src=0)
+        whole = distribute_tensor(whole, like.device_mesh, like.placements)
+    else:
+        dist.broadcast(whole, src=0)
+    # NCCL only queues it. Without waiting, rank 0's slow reading of all tensors would count against
+    # the time limit of one, and all of them would lie in the memory of the others.
+    hardware.wait_for(like.device)
     return whole
 
 
@@ -140,8 +150,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
         for p in parameters
     ]
     norm = nn.utils.get_total_norm(parts)
+    if is_sharded(norm):
+        nodes, norm = norm.device_mesh.ndim > 1, norm.full_tensor()
+        if nodes:  # each node has summed up by itself; see `equal_nodes`
+            dist.broadcast(norm, src=0)
     nn.utils.clip_grads_with_norm_(parameters, most, norm)
-    return norm.full_tensor() if is_sharded(norm) else norm
+    return norm
 
 
 def is_sharded(part: Any) -> bool:
@@ -164,10 +178,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 # memory: when to deal out, and when to compute activations again
 
 # Bytes of float32 state a parameter: with DDP weight, gradient and two moments, the buckets that
-# are sent, and for a moment new buckets (`hardware.try_micro_step`); sharded, the first four.
+# are sent, and for a short time new buckets (`hardware.try_micro_step`); sharded, the first four.
 DDP_BYTES, SHARDED_BYTES = 24, 16
 ROOM = 0.7  # the part of a GPU's memory that DDP's state may take: activations need the rest
-USABLE = 0.9  # the part of free memory that can be planned with: the rest is lost between blocks
+USABLE = 0.9  # the part of free memory to plan with: an allocator leaves gaps
 ENOUGH_TOKENS = 4096  # in a micro-batch. With fewer, a GPU waits for weights that others send.
 
 
@@ -220,9 +234,12 @@ def bytes_of_step(
     kept = L * (of_input * C * positions if recompute else one_block)
     # whole for a time: two blocks, one just arriving, and a gradient, twice while it is on its way
     in_block = 20 * block + (one_block if recompute else 0)
-    kept += 8 * rest + max(logits, in_block)  # the rest is whole all the time, and its gradient
+    kept += max(logits, in_block)
     if not (compiled or recompute or dtype == torch.float32):
         kept += 2 * model.n_params  # copies in 16 bits
+    # The rest is whole all the time, and its gradient. At the end that is there three times: from
+    # the head, from the embedding, and on its way.
+    kept = max(8 * rest + kept, 16 * rest + 4 * block)
     return SHARDED_BYTES * model.n_params // parts + kept
 
 
@@ -239,16 +256,21 @@ def fits_sharded(
 
 
 def choose_recompute(
-    setting: str, model: nn.Module, rows: int, dtype: torch.dtype, compiled: bool
+    setting: str,
+    model: nn.Module,
+    asked: int | None,
+    most: int,
+    dtype: torch.dtype,
+    compiled: bool,
 ) -> bool:
     """Return whether blocks are computed again in the backward pass instead of kept in memory.
 
-    `auto` does it if a sharded model could otherwise take only small micro-batches. `rows` are
-    those of a rank in a step.
+    `auto` does it if a sharded model could otherwise not take the micro-batch of `asked` rows, or,
+    if none is asked for, only small ones. `most` are the rows of a rank in a step.
     """
     device = next(model.parameters()).device
     if setting != "auto" or not is_sharded(model) or device.type != "cuda":
         return setting == "on"
-    enough = min(rows, math.ceil(ENOUGH_TOKENS / model.config.block_size))
+    enough = asked or min(most, math.ceil(ENOUGH_TOKENS / model.config.block_size))
     fitting = fits_sharded(model, enough, dtype, compiled, recompute=False)
     return ranks.all_sum(not fitting, device) > 0

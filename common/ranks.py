@@ -59,6 +59,11 @@ def launched() -> bool:
     return bool(os.environ.get("RANK"))
 
 
+def time_limit() -> timedelta | None:
+    """Return after what time a silent rank counts as lost; None without other ranks."""
+    return _round and timedelta(seconds=_round.limit)
+
+
 # -----------------------------------------------------------------------------
 # joining and leaving
 

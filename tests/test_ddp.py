@@ -143,7 +143,7 @@ def run_out_of_memory(rank: int, settings: list[dict], place: str) -> None:
     [
         (
             "DistributedDataParallel",
-            "give --recompute on, --shard on (several ranks), or a smaller --block_size",
+            "give more GPUs, --recompute on, or a smaller --block_size or --preset",
         ),
         ("train_step", "start again with another --out_dir and --micro_batch_size 2"),
     ],

@@ -429,7 +429,7 @@ def test_running_out_of_memory_in_a_step_names_a_smaller_micro_batch(
         run_train(data_dir, tmp_path / "old", resume=True, **settings)
 
 
-ONE_ROW = "give --recompute on, --shard on (several ranks), or a smaller --block_size"
+ONE_ROW = "give more GPUs, --recompute on, or a smaller --block_size or --preset"
 OUTSIDE = {  # where memory runs out: the settings, and what to do
     "GPT.to": ({}, ONE_ROW),
     "make_optimizers": ({}, ONE_ROW),
