@@ -230,11 +230,12 @@ def bytes_of_step(
     # All of that is there when the backward pass begins, at the logits, and nearly all in the first
     # block that it comes to.
     of_block, of_input = {torch.bfloat16: (34, 2), torch.float16: (40, 4)}.get(dtype, (64, 4))
-    one_block, logits = of_block * C * positions, 12 * size.padded_vocab_size * positions
+    one_block, logits = of_block * C * positions, size.padded_vocab_size * positions
+    logits = 8 * logits + 4 * min(logits, 1 << 31)  # for more of them the loss is taken in parts
     kept = L * (of_input * C * positions if recompute else one_block)
-    # whole for a time: two blocks, one just arriving, and a gradient, twice while it is on its way
-    in_block = 20 * block + (one_block if recompute else 0)
-    kept += max(logits, in_block)
+    # Whole for a time: two blocks, one just arriving, and a gradient, twice while it is on its way.
+    # The last block arrives while the logits are there.
+    kept += max(logits + 8 * block, 20 * block + (one_block if recompute else 0))
     if not (compiled or recompute or dtype == torch.float32):
         kept += 2 * model.n_params  # copies in 16 bits
     # The rest is whole all the time, and its gradient. At the end that is there three times: from
