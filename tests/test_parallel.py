@@ -36,7 +36,7 @@ from train_gpt2 import GPT, PRESETS, GPTConfig, Machine, TrainConfig, validation
 
 # accumulation, a ramp, clipping, a validation that does not divide: 21 windows over ranks and rows
 HARD = dict(
-    max_steps=20, total_batch_size=384, micro_batch_size=2, batch_ramp_tokens=3000,
+    max_steps=20, total_batch_size=384, micro_batch_size=2, batch_ramp_tokens=1500,
     batch_ramp_start=192, grad_clip=0.3, val_tokens=336, checkpoint_every=10, keep_checkpoints=0,
 )  # fmt: skip
 
@@ -77,12 +77,12 @@ def train_ranks(folder: Path, world_size: int, settings: dict, node: int = 0) ->
 # the same run
 
 CASES = {  # ranks, ranks of a node, settings
-    "two ranks": (2, 0, {}),
     "three ranks, which divide no width": (3, 0, {}),
-    "two nodes of two ranks, Muon": (4, 2, {"micro_batch_size": 1, "optimizer": "muon"}),
+    "two nodes of two ranks": (4, 2, {"micro_batch_size": 1}),
+    "slow: two nodes, Muon": (4, 2, {"micro_batch_size": 1, "optimizer": "muon"}),
     "Muon, recomputed": (2, 0, {"optimizer": "muon", "recompute": "on"}),
-    "compiled": (2, 0, {"compile": "on"}),
-    "compiled and recomputed": (2, 0, {"recompute": "on", "compile": "on"}),
+    "slow: compiled": (2, 0, {"compile": "on"}),
+    "slow: compiled and recomputed": (2, 0, {"recompute": "on", "compile": "on"}),
 }
 
 
@@ -98,9 +98,7 @@ def one_process(data_dir, tmp_path_factory) -> dict[str, list[dict]]:
     return found
 
 
-SLOW = [
-    pytest.param(case, marks=[pytest.mark.slow] * case.startswith("compiled")) for case in CASES
-]
+SLOW = [pytest.param(case, marks=[pytest.mark.slow] * case.startswith("slow")) for case in CASES]
 
 
 @pytest.mark.parametrize("case", SLOW)
@@ -122,6 +120,19 @@ def test_sharded_ranks_equal_one_process(data_dir, tmp_path, one_process, case):
         assert b == (step, pytest.approx(loss, abs=1e-5), pytest.approx(norm, rel=1e-4), rate)
     validation = [[m["loss"] for m in run if m["event"] == "val"] for run in (one, sharded)]
     assert validation[0] == pytest.approx(validation[1], abs=1e-5)
+
+
+def test_the_norm_of_a_large_gradient_is_exact_on_a_cpu():
+    large, small = (torch.nn.Parameter(torch.empty(size)) for size in ((50304, 64), (64,)))
+    torch.manual_seed(0)
+    for p in (large, small):
+        p.grad = torch.randn(p.shape)
+    exact = torch.cat([p.grad.flatten() for p in (large, small)]).double().norm().item()
+    untouched = torch.nn.Parameter(torch.empty(3))  # without a gradient
+    norm = parallel.clip_gradients([large, untouched, small], 1.0)
+    assert norm.item() == pytest.approx(exact, rel=1e-6), "torch's own is 1e-4 too small"
+    clipped = torch.cat([p.grad.flatten() for p in (large, small)]).double().norm().item()
+    assert clipped == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.gpus
@@ -367,12 +378,11 @@ def count_bytes(rank: int) -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
     import sharding
 
-    config = GPTConfig(n_layer=6, n_head=8, n_embd=1024, block_size=512)
+    config = GPTConfig(n_layer=3, n_head=8, n_embd=1024, block_size=512)
     with torch.device("meta"):
         model = GPT(config)
     for world_size, dtype, rows, recompute in (
         (8, torch.float32, 8, False),
-        (8, torch.bfloat16, 8, False),
         (8, torch.float16, 8, True),
         (16, torch.bfloat16, 1, True),  # two nodes
     ):
@@ -387,7 +397,7 @@ def test_what_is_planned_for_a_step_is_enough_and_not_far_too_much(tmp_path):
     (ended,) = run_ranks(tmp_path, count_bytes, 1)
     assert ended.code == 0, ended
     ratios = [float(line) for line in ended.out.splitlines()]
-    assert len(ratios) == 4 and all(1 <= ratio < 1.3 for ratio in ratios), ratios
+    assert len(ratios) == 3 and all(1 <= ratio < 1.3 for ratio in ratios), ratios
 
 
 # -----------------------------------------------------------------------------
