@@ -190,6 +190,7 @@ def evaluate_together(rank: int, model: GPT, questions: Questions, data_dir: Pat
         machine = Machine(torch.device("cpu"), torch.float32, rank, 2)
         sharded = parallel.spread(model if rank == 0 else model.to("meta"), machine.device, True)
         windows = train_gpt2.Windows(data_dir, "val", 16, 50304)
+        assert not torch.is_autocast_cache_enabled(), "it keeps a copy of every whole block"
         x = torch.zeros(1, 16, dtype=torch.long)
         loss = sharded(x, x)
         # gathered once for a forward and backward pass, as FSDP2 does it for what is not a block
