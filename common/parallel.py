@@ -205,7 +205,9 @@ def choose_shard(setting: str, n_params: int, device: torch.device) -> tuple[boo
         return False, []
     parts = ranks_of_node()
     sizes = (SHARDED_BYTES * n_params / parts, DDP_BYTES * n_params, 12 * n_params)
-    own, ddp, file = (f"{size / 1e9:,.{int(size < 1e10)}f} GB" for size in sizes)
+    own, ddp, file = (
+        f"{size / 1e9:,.0f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB" for size in sizes
+    )
     of = f" of {has / 1e9:,.0f} GB" if cuda else ""
     return True, [
         f"the model is dealt out over {parts} ranks: {own} of weights, gradients and moments on "

@@ -200,7 +200,7 @@ def process_group(kind: str) -> Iterator[None]:
     try:
         dist.init_process_group(
             "nccl" if nccl else "gloo", store=_round.store, rank=_round.rank,
-            world_size=_round.world_size, timeout=timedelta(seconds=_round.limit),
+            world_size=_round.world_size, timeout=time_limit(),
         )  # fmt: skip
         if nccl:  # NCCL connects, and takes its memory, in the first operation
             dist.all_reduce(torch.zeros(1, device=kind))

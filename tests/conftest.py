@@ -182,7 +182,7 @@ def run_ranks(
 ) -> list[Ended]:
     """Call `body(rank, *args)` in as many processes; return what each has left.
 
-    They have so many seconds.
+    Ranks that run for longer than `seconds` are killed.
 
     The rank `killed` does not end by itself: it is killed after all others have ended.
     """
