@@ -25,7 +25,7 @@ test-faults: .venv/.dev
 
 test-dashboards: .venv/.dev
 	$(BIN)/python -m pip install -q tensorboard==2.21.0 wandb==0.31.0
-	$(BIN)/python -m pytest tests/test_runlog.py
+	$(BIN)/python -m pytest tests/test_dashboards.py
 
 # The optimisation ladder on this machine (docs/ladder.md): half an hour on two CPU cores.
 bench: .venv/.run

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import advice, explain, run_command
 from common.hardware import OutOfMemory, device_errors
-from common.runlog import run_facts
+from common.metrics import run_facts
 from common.weights import find_model
 from sample import SampleConfig, continuations, cut_note, model_bytes, quantize
 from train_gpt2 import GPT, TrainConfig, load_model, set_up_machine

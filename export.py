@@ -17,7 +17,7 @@ from tyro.conf import Positional
 from common.checkpoint import checkpoint_paths, run_state, write_checkpoint
 from common.cli import advice, plain, run_command
 from common.huggingface import check_folder, write_huggingface
-from common.runlog import run_facts
+from common.metrics import run_facts
 from common.weights import FILE_ENDINGS, find_model
 from train_gpt2 import GPT, TrainConfig, load_model
 

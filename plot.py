@@ -20,7 +20,7 @@ from tyro.conf import Positional
 
 from common.cli import advice, run_command
 from common.files import write_atomically
-from common.runlog import METRICS
+from common.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

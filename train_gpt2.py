@@ -40,8 +40,9 @@ from common.files import locked
 from common.generate import sample_text
 from common.huggingface import write_huggingface
 from common.layer_stats import LayerStats
+from common.metrics import METRICS, run_facts
 from common.muon import Muon
-from common.runlog import METRICS, RunLog, run_facts
+from common.runlog import RunLog
 from common.shards import fingerprint, open_shards
 from common.weights import read_weights
 from hellaswag import questions_for_training, score

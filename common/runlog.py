@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -11,17 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+from common.dashboards import TensorBoard, WeightsAndBiases, check_installed
 from common.files import atomic_write
+from common.metrics import METRICS, read_earlier
 from common.shards import data_source
-
-METRICS = "metrics.jsonl"
-BY_UPDATE = ("train", "skip", "stats")  # events whose step is the index of an update, from 0
 
 # -----------------------------------------------------------------------------
 # the log
@@ -164,80 +161,6 @@ def software() -> dict[str, Any]:
     return {"git_hash": commit, "versions": {"python": platform.python_version(), **packages}}
 
 
-def check_installed(package: str) -> None:
-    """Raise ValueError if the package that the flag of the same name needs is missing."""
-    spec = importlib.util.find_spec(package)
-    # a plain folder of that name (wandb makes one for its files) has a spec too, but no origin
-    if spec is None or spec.origin is None:
-        raise ValueError(f"--{package}: the package is not installed: pip install {package}")
-
-
-# -----------------------------------------------------------------------------
-# resuming
-
-
-@dataclass
-class Earlier:
-    """The part of metrics.jsonl from before the step at which the run is resumed."""
-
-    lines: list[str] = field(default_factory=list)
-    events: set[tuple[str, int]] = field(default_factory=set)  # (event, step) of the lines
-    best_loss: float = math.inf  # validation
-    wandb_id: str | None = None
-
-
-def read_earlier(path: Path, step: int) -> Earlier:
-    """Read the lines of metrics.jsonl that a run resumed at `step` keeps.
-
-    Update `step` comes next, so lines about it and about later updates are dropped. Validation,
-    sample and checkpoint of `step` come before that update, so they are kept.
-    """
-    earlier = Earlier()
-    for line in read_lines(path):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a crash cut the line off
-            entry = json.loads(line)
-            if entry["step"] < step + (entry["event"] not in BY_UPDATE):
-                earlier.lines.append(line + "\n")
-                earlier.events.add((entry["event"], entry["step"]))
-                earlier.wandb_id = entry.get("wandb_id", earlier.wandb_id)
-                if entry["event"] == "val":
-                    earlier.best_loss = min(earlier.best_loss, entry["loss"])
-    return earlier
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of metrics.jsonl; none if there is no such file."""
-    # the file is ASCII, unless a crash or a disk damaged it: such a line is no JSON
-    return path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
-
-
-def run_facts(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """Return what metrics.jsonl in a run's folder knows of the model after `step` updates.
-
-    Of each fact it is the last value up to `step` (None: the newest): `step` (updates done),
-    `val_loss`, `hellaswag_acc`, `hellaswag_acc_norm`, `hellaswag_n`, `hellaswag_style`,
-    `data_source` and `git` (the commit). Facts that are not known are left out. Without
-    metrics.jsonl, nothing is known.
-    """
-    facts: dict[str, Any] = {}
-    for line in read_lines(folder / METRICS):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line is left out
-            entry = json.loads(line)
-            event, done = entry["event"], entry["step"] + (entry["event"] in BY_UPDATE)
-            if step is not None and done > step:
-                continue
-            found = {"step": done}
-            if event == "run":
-                found |= {"data_source": entry.get("data_source"), "git": entry.get("git_hash")}
-            elif event == "val":
-                found |= {"val_loss": entry["loss"]}
-            elif event == "hellaswag":
-                names = ("acc", "acc_norm", "n", "style")
-                found |= {f"hellaswag_{name}": entry.get(name) for name in names}
-            facts |= {name: value for name, value in found.items() if value is not None}
-    return facts
-
-
 # -----------------------------------------------------------------------------
 # the console
 
@@ -363,76 +286,3 @@ def train_line(step: int, v: dict[str, Any]) -> str:
 def hellaswag_line(step: int, v: dict[str, Any]) -> str:
     scores = f"acc {v['acc']:.4f}, acc_norm {v['acc_norm']:.4f}"
     return f"step {step}: HellaSwag ({v['style']}): {scores}"
-
-
-# -----------------------------------------------------------------------------
-# dashboards
-
-
-class TensorBoard:
-    """Write a run's numbers for TensorBoard, into the folder `tensorboard` of the run."""
-
-    def __init__(self, out_dir: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        # purge_step hides what a run resumed at `step` writes again
-        folder = str(out_dir / "tensorboard")
-        self.writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=30)
-
-    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        for name, number in as_scalars(event, values).items():
-            self.writer.add_scalar(name, number, step)
-        if event == "sample":
-            self.writer.add_text("sample", values["text"], step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WeightsAndBiases:
-    """Send a run's numbers to Weights & Biases.
-
-    `run_id` is the id of the run to continue; None starts a new one. Project, name and folder
-    are those of WANDB_PROJECT, WANDB_NAME and WANDB_DIR, else `gpt2` and those of the run. wandb
-    itself reads WANDB_ENTITY and its other variables. Raises ValueError if wandb refuses, for
-    example because nobody is logged in.
-    """
-
-    def __init__(self, out_dir: Path, run_id: str | None):
-        import wandb
-
-        try:
-            self.run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT") or "gpt2",  # an argument beats a variable
-                name=os.environ.get("WANDB_NAME") or out_dir.resolve().name,
-                dir=os.environ.get("WANDB_DIR") or out_dir,
-                id=run_id, resume="allow" if run_id else None,
-            )  # fmt: skip
-        except wandb.errors.Error as error:
-            what = str(error).splitlines()[0]
-            what_to_do = "run `wandb login` or set WANDB_MODE=offline"
-            raise ValueError(f"--wandb: {what}: {what_to_do}") from None
-        # wandb's own step counter never goes back, but the step of a resumed run does
-        self.run.define_metric("*", step_metric="step")
-
-    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        if event == "run":
-            self.run.config.update(values["config"], allow_val_change=True)
-        if numbers := as_scalars(event, values):
-            self.run.log({"step": step, **numbers})
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def as_scalars(event: str, values: dict[str, Any]) -> dict[str, float]:
-    """Return an event's numbers by name: `event/name`, or `event/name/layer` for stats."""
-    if event == "run":
-        return {}
-    numbers: dict[str, float] = {}
-    for name, value in values.items():
-        if event == "stats":
-            numbers |= {f"stats/{name}/{layer:02d}": number for layer, number in enumerate(value)}
-        elif isinstance(value, int | float):
-            numbers[f"{event}/{name}"] = value
-    return numbers

@@ -1,7 +1,6 @@
 """RunLog: metrics.jsonl, the lines on the console, the status line, the dashboards."""
 
 import dataclasses
-import importlib.machinery
 import io
 import json
 import os
@@ -9,17 +8,13 @@ import pty
 import subprocess
 import sys
 import termios
-import time
-import types
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RUN, command, flags, read_metrics, run_command_line, run_train
+from conftest import ROOT, RUN, command, flags, read_metrics, run_command_line
 
-from common import runlog
 from common.cli import run_command
-from common.runlog import RunLog, as_scalars, run_facts
+from common.runlog import RunLog
 
 ABOUT = dict(
     config={"data_dir": "nowhere", "max_steps": 40, "total_batch_size": 1000}, n_params=1234567,
@@ -149,43 +144,6 @@ def test_an_error_of_the_run_is_not_hidden_by_one_from_closing_the_log(tmp_path)
         fill_disk(log)
         log.file.write("cannot be flushed")
         raise ZeroDivisionError
-
-
-# -----------------------------------------------------------------------------
-# what is known of a run
-
-FACTS = {
-    "step": 6, "data_source": "hub org/corpus", "git": "f00", "val_loss": 3.5,
-    "hellaswag_acc": 0.28, "hellaswag_acc_norm": 0.29, "hellaswag_n": 42,
-    "hellaswag_style": "harness",
-}  # fmt: skip
-LINES = [
-    {"event": "run", "step": 0, "data_source": "hub org/corpus", "git_hash": "f00"},
-    {"event": "val", "step": 0, "loss": 10.9},
-    {"event": "hellaswag", "step": 0, "style": "harness", "acc": 0.25, "acc_norm": 0.26, "n": 9},
-    {"event": "train", "step": 4, "loss": 5.0},
-    {"event": "val", "step": 5, "loss": 3.5},
-    {"event": "hellaswag", "step": 5, "style": "harness", "acc": 0.28, "acc_norm": 0.29, "n": 42},
-    {"event": "train", "step": 5, "loss": 4.0},
-]  # fmt: skip
-
-
-def test_the_facts_of_a_run_are_the_newest_up_to_a_step(tmp_path):
-    assert run_facts(tmp_path) == {} == run_facts(tmp_path / "none")
-    text = "".join(json.dumps(line) + "\n" for line in LINES)
-    (tmp_path / "metrics.jsonl").write_text(text)
-    assert run_facts(tmp_path) == FACTS == run_facts(tmp_path, 6)
-    assert run_facts(tmp_path, 5) == {**FACTS, "step": 5}, "step 5 of train is the sixth update"
-    first = {"val_loss": 10.9, "hellaswag_acc": 0.25, "hellaswag_acc_norm": 0.26, "hellaswag_n": 9}
-    assert run_facts(tmp_path, 4) == {**FACTS, **first, "step": 0}
-
-
-def test_damaged_lines_and_unknown_facts_are_left_out(tmp_path):
-    text = '{"event": "run", "step": 0, "data_source": null, "git_hash": null}\n'
-    text += '3\n[]\n{}\n\n{"event": "val", "step": 1}\n{"event": "val", "step": "x", "loss": 1}\n'
-    text += '{"event": "val", "step": 2, "loss": 3.5}\n\0\0\n{"event": "val", "step": 3, "lo\xff'
-    (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
-    assert run_facts(tmp_path) == {"step": 2, "val_loss": 3.5}
 
 
 # -----------------------------------------------------------------------------
@@ -320,137 +278,3 @@ def test_a_terminal_gets_a_status_line_and_a_pipe_gets_plain_lines(data_dir, tmp
     assert "left, best validation loss" in shown, shown
     assert "tok/s" in shown and "\r" in shown
     assert "step 9: loss" not in shown and "step 10: validation loss" in shown
-
-
-# -----------------------------------------------------------------------------
-# dashboards (make test-dashboards installs them)
-
-
-def test_dashboards_get_every_number_under_event_name_and_layer():
-    values = STEP | SPEED | {"mfu": 0.4321}
-    assert as_scalars("train", values) == {f"train/{n}": value for n, value in values.items()}
-    assert "train/mfu" not in as_scalars("train", STEP | SPEED), "None is not a number"
-    expected = {"hellaswag/acc": 0.28591, "hellaswag/acc_norm": 0.29549}
-    assert as_scalars("hellaswag", SCORE) == expected
-    stats = {"update_ratio": [0.1, 0.2], "grad_norm": [1.0, 2.0]}
-    assert as_scalars("stats", stats) == {
-        "stats/update_ratio/00": 0.1, "stats/update_ratio/01": 0.2,
-        "stats/grad_norm/00": 1.0, "stats/grad_norm/01": 2.0,
-    }  # fmt: skip
-    assert as_scalars("skip", {"why": "nan", "windows": [0, 4]}) == {}
-    assert as_scalars("run", ABOUT) == {}
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_dashboard_package_is_an_error_before_anything_is_written(
-    data_dir, tmp_path, monkeypatch, name
-):
-    monkeypatch.setattr(runlog.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=f"pip install {name}"):
-        run_train(data_dir, tmp_path / "log", **{name: True})
-    assert not (tmp_path / "log").exists()
-    with pytest.raises(ValueError, match=f"pip install {name}"):  # the other ranks must stop too
-        RunLog(tmp_path / "log", 0, is_main=False, **{name: True})
-
-
-def test_a_folder_is_not_taken_for_a_package(tmp_path, monkeypatch):
-    (tmp_path / "only_a_folder").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
-    runlog.check_installed("json")
-    with pytest.raises(ValueError, match="pip install only_a_folder"):
-        runlog.check_installed("only_a_folder")
-
-
-def stand_in_for_wandb(monkeypatch: pytest.MonkeyPatch, init: Callable) -> None:
-    """Let `import wandb` give a module with this function `init`."""
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="here")
-    wandb.init, wandb.errors = init, types.SimpleNamespace(Error=RuntimeError)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-
-
-def test_the_project_and_name_of_wandb_are_those_of_the_environment_if_it_has_any(
-    tmp_path, monkeypatch
-):
-    given = {}
-
-    def init(**arguments):
-        given.update(arguments)
-        return types.SimpleNamespace(id="an id", define_metric=lambda *_, **__: None)
-
-    stand_in_for_wandb(monkeypatch, init)
-    for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    runlog.WeightsAndBiases(Path(), None)
-    assert (given["project"], given["name"]) == ("gpt2", tmp_path.name), "'.' has no name"
-    monkeypatch.setenv("WANDB_PROJECT", "mine")
-    monkeypatch.setenv("WANDB_NAME", "first try")
-    runlog.WeightsAndBiases(tmp_path / "log", None)
-    assert (given["project"], given["name"]) == ("mine", "first try")
-    assert given["dir"] == tmp_path / "log"
-    monkeypatch.setenv("WANDB_DIR", "scratch")  # an argument of ours would beat it
-    runlog.WeightsAndBiases(tmp_path / "log", None)
-    assert given["dir"] == "scratch"
-    assert "entity" not in given, "wandb takes WANDB_ENTITY itself"
-
-
-def test_a_refusal_by_wandb_says_what_to_do(tmp_path, monkeypatch):
-    def refuse(**_):
-        raise RuntimeError("no API key\nmore lines")
-
-    stand_in_for_wandb(monkeypatch, refuse)
-    (tmp_path / "metrics.jsonl").write_text("as before")
-    with pytest.raises(ValueError, match=r"^--wandb: no API key: run `wandb login`"):
-        RunLog(tmp_path, 0, is_main=True, wandb=True)
-    assert (tmp_path / "metrics.jsonl").read_text() == "as before"
-
-
-def test_tensorboard_gets_the_same_numbers(data_dir, tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    metrics = run_train(data_dir, tmp_path, tensorboard=True, stats_every=5)
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    for event, name in (("train", "loss"), ("train", "lr"), ("val", "loss")):
-        found = [(s.step, s.value) for s in events.Scalars(f"{event}/{name}")]
-        expected = [(m["step"], m[name]) for m in metrics if m["event"] == event]
-        assert [step for step, _ in found] == [step for step, _ in expected]
-        values = [[value for _, value in pairs] for pairs in (found, expected)]
-        assert values[0] == pytest.approx(values[1], rel=1e-6)
-    assert "stats/update_ratio/01" in events.Tags()["scalars"]
-
-
-def wandb_records(path: Path) -> list[bytes]:
-    """The records of wandb's offline file: blocks of 32 kB, as in LevelDB's logs."""
-    data, at, records, parts = path.read_bytes(), 7, [], b""
-    while at + 7 <= len(data):
-        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # whole, or the last part
-            records.append(parts)
-            parts = b""
-        if (left := -at % 32768) < 7:
-            at += left
-    return records
-
-
-def test_wandb_gets_the_same_numbers_offline(data_dir, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    metrics = run_train(data_dir, tmp_path, wandb=True)
-    (path,) = tmp_path.rglob("run-*.wandb")
-    deadline = time.monotonic() + 20
-    records: list = []
-    # wandb's own process writes the end of the file a moment after finish() has returned
-    while not any(record.HasField("exit") for record in records) and time.monotonic() < deadline:
-        time.sleep(0.05)
-        records = [Record.FromString(record) for record in wandb_records(path)]
-    found = []
-    for record in records:
-        items = {i.key or ".".join(i.nested_key): i.value_json for i in record.history.item}
-        if "train/loss" in items:
-            found.append((int(items["step"]), float(items["train/loss"])))
-    assert found == [(m["step"], m["loss"]) for m in metrics if m["event"] == "train"]

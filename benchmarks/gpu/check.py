@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from common.runlog import METRICS  # noqa: E402
+from common.metrics import METRICS  # noqa: E402
 from plot import Run  # noqa: E402
 
 QUIET = "--eval_every 0 --sample_every 0 --hellaswag_every 0 --checkpoint_every 0"
