@@ -41,6 +41,7 @@ from common import parallel, ranks
 from common.cli import advice, outlive_console, quiet_interrupt, run_command
 from common.files import write_atomically
 from common.hardware import Device, Dtype, OutOfMemory, attention_for_any_shape
+from common.significance import plus_minus, standard_error
 from common.tokenizer import EOT, encode
 from common.weights import find_model
 
@@ -339,16 +340,18 @@ def choices(questions: Questions, losses: Tensor) -> tuple[list[int], list[int]]
 
 
 def summarize(questions: Questions, losses: Tensor) -> dict[str, Any]:
-    """Return style, acc, acc_norm and n."""
+    """Return style, acc and acc_norm with their standard errors, and n."""
     n, labels = len(questions.items), [q.label for q in questions.items]
-    acc, acc_norm = (
-        sum(map(int.__eq__, chosen, labels)) / n for chosen in choices(questions, losses)
-    )
-    return {"style": questions.style, "acc": acc, "acc_norm": acc_norm, "n": n}
+    result: dict[str, Any] = {"style": questions.style}
+    for name, chosen in zip(("acc", "acc_norm"), choices(questions, losses), strict=True):
+        result[name] = sum(map(int.__eq__, chosen, labels)) / n
+        error = standard_error(result[name], n)
+        result[f"{name}_stderr"] = error if math.isfinite(error) else None  # one example has none
+    return result | {"n": n}
 
 
 def score(model: nn.Module, questions: Questions, machine: Any) -> dict[str, Any]:
-    """Return style, acc, acc_norm and n, the same on every rank."""
+    """Return style, acc, acc_norm, their standard errors and n, the same on every rank."""
     return summarize(questions, ending_losses(model, questions, machine))
 
 
@@ -396,7 +399,8 @@ def evaluate(config: HellaSwagConfig, machine: Any, load_model: Callable[..., nn
     result = summarize(questions, losses) | {"seconds": time.perf_counter() - start}
     machine.print(
         f"HellaSwag, style {config.style}: acc {result['acc']:.4f}, acc_norm "
-        f"{result['acc_norm']:.4f} ({result['n']:,} examples, {result['seconds']:.1f} s)"
+        f"{result['acc_norm']:.4f}{plus_minus(result['acc_norm_stderr'])} "
+        f"({result['n']:,} examples, {result['seconds']:.1f} s)"
     )
     if config.out:
         chosen = zip(*choices(questions, losses), strict=True)

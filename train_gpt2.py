@@ -40,10 +40,11 @@ from common.files import locked
 from common.generate import sample_text
 from common.huggingface import write_huggingface
 from common.layer_stats import LayerStats
-from common.metrics import METRICS, run_facts
+from common.metrics import run_facts
 from common.muon import Muon
-from common.runlog import RunLog
+from common.runlog import RunLog, open_log
 from common.shards import fingerprint, open_shards
+from common.tokenizer import count_bytes
 from common.weights import read_weights
 from hellaswag import questions_for_training, score
 
@@ -138,8 +139,10 @@ class TrainConfig:
     max_steps: int | None = None  # the budget of the run, in steps of total_batch_size
     warmup_steps: int | None = None  # linear warm-up (715, or a tenth of max_steps if less)
     max_lr: float | None = None  # peak learning rate; a tenth of the preset's with --init_from
-    schedule: Literal["cosine", "linear"] = "cosine"  # after warm-up; linear: down to zero
-    min_lr_ratio: float = 0.1  # the cosine ends at this fraction of max_lr
+    # after warm-up; linear: down to zero; wsd: constant, and down only at the end
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    decay_fraction: float = 0.2  # wsd: the last part of the budget, in which the rate goes down
+    min_lr_ratio: float = 0.1  # cosine and wsd end at this fraction of max_lr
     weight_decay: float = 0.1  # for tensors of two or more dimensions
     beta1: float = 0.9  # AdamW: decay of the mean of gradients
     beta2: float = 0.95  # AdamW: decay of the mean of squared gradients
@@ -161,10 +164,13 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps; 0: only at the end and on a signal
     keep_checkpoints: int = 2  # how many of the newest to keep; 0: all
     resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
+    branch_from: Path | None = None  # checkpoint to go on from, in a new out_dir and to another end
+    target_loss: float | None = None  # end the run at the first validation loss at or below this
     max_skipped: int = 10  # stop after this many skipped steps in a row (not finite)
     shard: Literal["auto", "on", "off"] = "auto"  # deal the model out over the ranks (FSDP2)
     recompute: Literal["auto", "on", "off"] = "auto"  # save memory: compute blocks twice
     timeout_minutes: float = 10.0  # end the run if a rank is silent for this long
+    profile_step: int | None = None  # look at three steps from this one on with torch.profiler
     stats_every: int = 0  # steps between records of how each layer is updated; 0: never
     tensorboard: bool = False  # send the same numbers to TensorBoard, in out_dir
     wandb: bool = False  # send the same numbers to Weights & Biases
@@ -183,8 +189,11 @@ class TrainConfig:
             if isinstance(value, int | float) and not at_least <= value < math.inf:
                 raise ValueError(f"{name} {value}: give a number of {at_least} or more")
         betas = self.beta1, self.beta2, self.muon_momentum
-        if self.warmup_tokens > self.budget or max(betas) >= 1:
-            raise ValueError("give --warmup_steps up to max_steps, betas and momentum below 1")
+        if self.warmup_tokens > self.budget or max(betas) >= 1 or self.decay_fraction > 1:
+            what = "--warmup_steps up to max_steps, --decay_fraction up to 1"
+            raise ValueError(f"give {what}, betas and momentum below 1")
+        if self.branch_from and self.init_from:
+            raise ValueError("give --branch_from or --init_from: each of them brings the weights")
         if self.batch_ramp_tokens and self.total_batch_size % self.batch_ramp_start:
             raise ValueError(
                 f"batch_ramp_start {self.batch_ramp_start} does not divide total_batch_size "
@@ -547,18 +556,23 @@ def step_batch_tokens(config: TrainConfig, tokens_seen: int) -> int:
 
 
 def learning_rate(config: TrainConfig, tokens_seen: int, batch_tokens: int, peak: float) -> float:
-    """Return the rate of the step that starts at `tokens_seen`: linear warm-up, then down.
+    """Return the rate of the step that starts at `tokens_seen`: linear warm-up, then the schedule.
 
     Warm-up counts the tokens seen after the step, so the rate of the first step is not 0.
     """
     warmup = config.warmup_tokens
     if tokens_seen < warmup:  # AdamW's averages are noisy at first, and large steps would do harm
         return peak * min(1.0, (tokens_seen + batch_tokens) / warmup)
-    progress = (tokens_seen - warmup) / (config.budget - warmup)
+    start = warmup  # of the way down
+    if config.schedule == "wsd":  # warm-up, stable, decay (Hu et al., 2024, section 4)
+        # As long as the rate is constant, it does not matter how long the run will be: one run can
+        # have many ends (--branch_from).
+        start = max(warmup, config.budget - round(config.decay_fraction * config.budget))
+    progress = max(0, tokens_seen - start) / max(1, config.budget - start)
     if config.schedule == "linear":
         return peak * (1 - progress)  # to 0: small last steps average out noise
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
-    return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+    left = 1 - progress if config.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)  # left: from 1 to 0
 
 
 def set_learning_rates(
@@ -699,6 +713,17 @@ def validation_loss(model: GPT, windows: Windows, n: int, B: int, machine: Machi
     return ranks.all_sum(total, machine.device) / n
 
 
+def bits_per_byte(windows: Windows, n: int) -> float:
+    """Return the bits a byte of text that a loss of 1 nat a token is, over the first `n` windows.
+
+    Tokenizers cut text into more tokens or fewer, which changes the loss of a token, but not the
+    loss of the whole text. Returns 0 if the tokens stand for no text.
+    """
+    blocks = (np.arange(first, min(first + 64, n)) for first in range(0, n, 64))
+    n_bytes = sum(count_bytes(windows.read(block)[1].numpy()) for block in blocks)
+    return n * windows.block_size / (math.log(2) * n_bytes) if n_bytes else 0.0
+
+
 # -----------------------------------------------------------------------------
 # a run
 
@@ -720,12 +745,18 @@ class Run:
     compiled: bool
     notes: list[str]  # for the console, before the first step
     saved: bool  # there is a checkpoint to continue from
+    trunk: Path | None  # folder of the run that this one branches off
     step: int = 0  # updates done
     tokens_seen: int = 0
+    on_target: bool = False  # a validation loss was at or below --target_loss
+    closed: bool = False  # the end was written down already
 
     @property
-    def finished(self) -> bool:
-        return self.tokens_seen >= self.config.budget
+    def finished(self) -> str:
+        """Why the run is at its end: "target" or "budget"; empty if it goes on."""
+        if self.on_target:
+            return "target"
+        return "budget" if self.tokens_seen >= self.config.budget else ""
 
 
 def initial_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
@@ -767,24 +798,16 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
     """
     # a run to continue, or none. Rank 0 alone looks: a network file system may show the ranks of
     # other nodes older files, and they would continue from another step.
-    out_dir, device = config.out_dir, machine.device
-
-    def newest() -> dict[str, Any] | None:
-        if config.resume:
-            with advice("restore one, or start again with another --out_dir"):
-                return checkpoint.newest_checkpoint(out_dir, machine.print, machine.world_size > 1)
-        if (out_dir / METRICS).exists() or checkpoint.checkpoint_paths(out_dir):
-            raise ValueError(f"{out_dir} holds a run: use --resume, or give another --out_dir")
-
-    state = ranks.on_rank_0(newest)
+    device, several = machine.device, machine.world_size > 1
+    state, trunk = ranks.on_rank_0(checkpoint.find_state, config, machine.print, several)
     with advice("make the data with fineweb.py, or give another --data_dir"):
         data = fingerprint(config.data_dir)
     facts = {"step": state["step"] if state else 0, "data": data, "dtype": str(machine.dtype)}
     with advice("start all ranks with the same command and the same files"):  # paths may differ
         ranks.check_equal({**plain(config), **facts, "data_dir": "", "out_dir": ""})
     if state:
-        with advice("give another --out_dir (--init_from takes over the weights alone)"):
-            checkpoint.check_same_run(state, plain(config), data)
+        with advice("give those of the checkpoint" if trunk else checkpoint.OTHER_RUN):
+            checkpoint.check_same_run(state, plain(config), data, branch=trunk is not None)
 
     # model and data
     model = ranks.on_rank_0(initial_model, config, state)  # elsewhere it has no numbers yet
@@ -796,25 +819,10 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
     train_windows, val_windows = open_windows(config, T, size.vocab_size)
 
     # the micro-batch: large products keep the device busy, so as many rows as fit into memory
-    def fits(rows: int) -> bool:
-        if device.type != "cuda":  # elsewhere the system lends memory that it does not have
-            return rows <= PRESETS[config.preset].micro_batch_size
-        if shard:
-            fitted = parallel.fits_sharded(model, rows, dtype, compiled, model.recompute)
-        else:
-            fitted = hardware.fits_in_memory(model, rows, machine.autocast, machine.world_size)
-        return ranks.all_sum(fitted, device) == machine.world_size  # the same answer on every rank
-
-    asked, world_size, batch = config.micro_batch_size, machine.world_size, config.total_batch_size
     compiled, missing = hardware.choose_compile(config.compile, device)
-    dtype, mine = machine.dtype, batch // (T * world_size)  # rows of a rank in a step
-    model.recompute = parallel.choose_recompute(
-        config.recompute, model, asked, mine, dtype, compiled
-    )
-    if config.batch_ramp_tokens:  # the batch of every step is a multiple of the first
-        first, flag = config.batch_ramp_start, "batch_ramp_start"
-        hardware.choose_micro_batch_size(asked or 1, first, T, world_size, fits, flag, batch)
-    B = hardware.choose_micro_batch_size(asked, batch, T, world_size, fits, "total_batch_size")
+    usual = PRESETS[config.preset].micro_batch_size
+    B = parallel.choose_micro_batch(model, config, machine, compiled, usual)
+    small = hardware.small_micro_batch_note(B, config.total_batch_size, T, machine.world_size)
 
     # compiler, optimizers, ranks
     if compiled:
@@ -826,10 +834,10 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
         # above, and lowers its factor when a large one overflows. bfloat16 has float32's range.
         scaler=torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16),
         train_windows=train_windows, val_windows=val_windows, data=data,
-        micro_batch_size=B, compiled=compiled, saved=state is not None,
+        micro_batch_size=B, compiled=compiled, saved=state is not None and not trunk, trunk=trunk,
         notes=[
             *notes, *missing, *hardware.ugly_dimensions(size.n_embd, size.n_head, T, B),
-            *(hardware.small_micro_batch_note(B, batch, T, world_size) * (device.type == "cuda")),
+            *(small if device.type == "cuda" else []),
         ],
     )  # fmt: skip
     if machine.world_size > 1 and not shard:
@@ -853,7 +861,7 @@ def train(config: TrainConfig) -> None:
 
     Raises ValueError or OSError for what the user has to correct.
     """
-    run = None
+    run, start = None, time.perf_counter()
     try:
         with set_up_machine(config) as machine, contextlib.ExitStack() as stack:
             in_use = "wait until it ends, or choose another --out_dir"  # two runs would damage both
@@ -861,10 +869,11 @@ def train(config: TrainConfig) -> None:
                 ranks.on_rank_0(stack.enter_context, locked(config.out_dir))
             run = prepare(config, machine)
             signals = cli.collect_stop_signals()  # they end the run after a whole step, and save
-            if run.finished:
+            if run.finished and run.closed:
                 machine.print(f"{config.out_dir}: the run is finished after {run.step} steps")
             else:
-                train_loop(run, stack.enter_context(open_log(run)), signals)
+                log = open_log(run, time.perf_counter() - start)
+                train_loop(run, stack.enter_context(log), signals)
     except (hardware.OutOfMemory, hardware.DeviceError, ranks.LostRankError) as error:
         B, what_to_do = run.micro_batch_size if run else 1, "start again"
         if run:
@@ -879,24 +888,6 @@ def train(config: TrainConfig) -> None:
         machine.print("stopped as asked: continue with the same command and --resume")
         if not ranks.launched():  # torchrun would count it as a failure
             sys.exit(128 + signals[0])
-
-
-def open_log(run: Run) -> RunLog:
-    """Open metrics.jsonl and write down what this run is."""
-    config, machine, model = run.config, run.machine, run.model
-    log = RunLog(config.out_dir, run.step, machine.is_main, config.tensorboard, config.wandb)
-    log.write(
-        "run", run.step, config=plain(config), model_config=plain(model.config),  # as JSON types
-        n_params=model.n_params, data=run.data, device=hardware.device_name(machine.device),
-        micro_batch_size=run.micro_batch_size, world_size=machine.world_size, compile=run.compiled,
-        shard=parallel.is_sharded(model), recompute=model.recompute,
-        dtype=str(machine.dtype).removeprefix("torch."),  # of matrix products
-        **hardware.flops_of_run(model, machine.device, machine.world_size),  # for MFU
-        passes=config.budget / (len(run.train_windows) * model.config.block_size),  # epochs
-    )  # fmt: skip
-    for note in run.notes:
-        machine.print(f"note: {note}")
-    return log
 
 
 def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
@@ -920,28 +911,33 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
     # What a resumed run has logged at this step already. Rank 0 knows it, and all must agree.
     done = ranks.on_rank_0(lambda: {e for e, step in log.kept if step == run.step})
     done.add("checkpoint")  # before the first step there is nothing new to save
+
+    def due(event: str) -> bool:  # after a signal there is only time to save
+        now = every[event] and (run.finished or run.step % every[event] == 0)
+        return bool(now and event not in done and not stopping)
+
+    # validation reads the same windows every time: their loss in bits a byte too, if it is text
+    per_byte = bits_per_byte(run.val_windows, n_val) if every["val"] and gpt2_ids else 0.0
     batches = micro_batches(run.train_windows, config, B, machine, run.step, run.tokens_seen)
     stopping, skipped, unsaved = False, 0, ""  # asked to stop; steps skipped in a row; what failed
     while True:
-        due = {e for e, n in every.items() if n and (run.finished or run.step % n == 0)} - done
-        due, done = set() if stopping else due, set()  # after a signal there is only time to save
-
         # once in a while: how well does it predict text that it has never seen?
-        if "val" in due:
+        if due("val"):
             loss = validation_loss(model, run.val_windows, n_val, B, machine)  # same windows always
-            log.write("val", run.step, loss=loss)
+            log.write("val", run.step, loss=loss, bpb=loss * per_byte or None)
+            run.on_target = config.target_loss is not None and loss <= config.target_loss
 
         # once in a while: does it know how a story continues? (25% is guessing)
-        if "hellaswag" in due:
+        if due("hellaswag"):
             log.write("hellaswag", run.step, **score(model, questions, machine))
 
         # once in a while: what does it write? (the same prompt and seed each time, to compare)
-        if "sample" in due:
+        if due("sample"):
             for text in sample_text(model, config.seed, machine.autocast):
                 log.write("sample", run.step, text=text)
 
         # once in a while, and before leaving: save everything that the next step depends on
-        if "checkpoint" in due or run.finished or stopping:
+        if due("checkpoint") or run.finished or stopping:
             unsaved = checkpoint.save_run(run, log)
             run.saved |= not unsaved
         if run.finished or stopping:
@@ -953,6 +949,10 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
                 facts = run_facts(config.out_dir)  # for the model card: loss, data, commit
                 with advice("make room, then run export.py"):
                     ranks.on_rank_0(write_huggingface, plain(model.config), weights, folder, facts)
+            log.write(
+                "end", run.step, why=run.finished or "signal", tokens_seen=run.tokens_seen,
+                peak_memory=hardware.peak_memory(machine.device),
+            )  # fmt: skip
             return
         if unsaved:  # the older checkpoints are still there, so training may continue
             log.say(f"warning: {unsaved}")
@@ -963,15 +963,15 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
         # each rank reads its part of the batch in micro-batches, one after the other
         rows = hardware.rows_of_step(B, batch_tokens, T, machine.world_size)
         grad_accum_steps = batch_tokens // (rows * T * machine.world_size)
-        watching = "stats" in due and machine.is_main  # one rank is enough: all have equal weights
+        watching = due("stats") and machine.is_main  # one rank is enough: all have equal weights
         watch = LayerStats(model, run.optimizers) if watching else contextlib.nullcontext()
-        start = time.perf_counter()  # dt is training alone, without evaluation and saving
-        with watch as stats:
+        with log.profiled(run.step), watch as stats:
+            start = time.perf_counter()  # dt is training alone, without evaluation and saving
             result = train_step(
                 run.ddp_model, run.optimizers, run.scaler, batches, grad_accum_steps,
                 config.grad_clip, machine, stop=bool(signals),
             )  # fmt: skip
-        dt = time.perf_counter() - start  # train_step has waited for the backward pass
+            dt = time.perf_counter() - start  # train_step has waited for the backward pass
         run.tokens_seen += batch_tokens  # also of a skipped step: its data is not tried again
         stopping = result.stop  # the same on all ranks: else some would wait forever
 
@@ -982,7 +982,7 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
         if skipped and skipped >= config.max_skipped:
             what = f"{skipped} steps in a row were not finite"
             raise ValueError(f"{what}: start again with a lower --max_lr, or with other data")
-        run.step += 1  # a skipped step counts too
+        run.step, done = run.step + 1, set()  # a skipped step counts too
 
 
 def main() -> None:

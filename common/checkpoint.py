@@ -1,6 +1,5 @@
 """A run's state on disk: its format, written whole or not at all, and checked before it is used."""
 
-import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, serialization
 from common import parallel, ranks
 from common.cli import advice, plain
 from common.files import atomic_write
+from common.metrics import METRICS, how_it_went
 
 RUN_KEYS = (
     "optimizer",
@@ -65,7 +65,6 @@ def save_run(run: Any, log: Any) -> str:
     path = run.config.out_dir / f"ckpt_{run.step:06d}.pt"
 
     def write() -> str:
-        start = time.perf_counter()
         state = run_state(
             weights=weights, optimizers=states, scaler=run.scaler.state_dict(), step=run.step,
             windows_seen=run.tokens_seen // run.train_windows.block_size,
@@ -76,7 +75,7 @@ def save_run(run: Any, log: Any) -> str:
                 write_checkpoint(path, state, run.config.keep_checkpoints)
         except OSError as error:  # the disk is full: next time there may be room
             return f"{path} could not be written ({error}): make room"
-        log.write("checkpoint", run.step, path=str(path), seconds=time.perf_counter() - start)
+        log.write("checkpoint", run.step, path=str(path))
         return ""
 
     return ranks.on_rank_0(write)
@@ -85,7 +84,8 @@ def save_run(run: Any, log: Any) -> str:
 def restore_run(run: Any, state: dict[str, Any]) -> None:
     """Put a run where a checkpoint's state was. The model has its weights already.
 
-    All ranks must call it. Only rank 0's state needs numbers.
+    All ranks must call it. Only rank 0's state needs numbers. Raises ValueError if a new branch is
+    at its end already.
     """
     for name, optimizer in run.optimizers.items():  # the groups stay as they are configured here
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -98,9 +98,17 @@ def restore_run(run: Any, state: dict[str, Any]) -> None:
         run.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(parallel.from_rank_0(state["rng"], next(run.model.parameters())).cpu())
     run.step, run.tokens_seen = state["step"], state["windows_seen"] * run.train_windows.block_size
-    run.notes.append(f"continuing after step {run.step}")
+    log, target = (run.trunk or run.config.out_dir) / METRICS, run.config.target_loss
+    best, run.closed = ranks.on_rank_0(how_it_went, log, run.step)
+    run.on_target = target is not None and best <= target
+    if run.trunk and run.finished:
+        more = "a larger --max_steps" if run.finished == "budget" else "a lower --target_loss"
+        what = f"{run.trunk} has reached its {run.finished} at step {run.step}"
+        raise ValueError(f"{what}: give {more}")
+    branch = f", as a branch of {run.trunk}" if run.trunk else ""
+    run.notes.append(f"continuing after step {run.step}{branch}")
     before, now = state["train_config"]["max_steps"], run.config.max_steps
-    if before != now:
+    if before != now and run.trunk is None:
         run.notes.append(f"max_steps was {before}, is now {now}: the learning rates change")
 
 
@@ -150,6 +158,42 @@ def read_pickle(path: Path, stand_ins: Sequence[tuple[type, str]] = (), mmap: bo
         raise ValueError(f"{path}: not a whole checkpoint ({reason})") from None
 
 
+def find_state(
+    config: Any, say: Callable[[str], None], mmap: bool = False
+) -> tuple[dict[str, Any] | None, Path | None]:
+    """Return the state that a run starts from, and the folder of the run that it branches off.
+
+    Both are None for a new run; `config` is its settings. Raises ValueError or FileNotFoundError if
+    the checkpoint that it asks for is not there, or if `out_dir` holds a run that it does not ask
+    to resume. For `mmap` see `read_checkpoint`.
+    """
+    out_dir, branch_from = config.out_dir, config.branch_from
+    if config.resume:
+        with advice("restore one, or start again with another --out_dir"):
+            state = newest_checkpoint(out_dir, say, mmap)
+        if state:
+            return state, None
+    elif (out_dir / METRICS).exists() or checkpoint_paths(out_dir):
+        raise ValueError(f"{out_dir} holds a run: use --resume, or give another --out_dir")
+    if branch_from is None:
+        return None, None
+    with advice("give the checkpoint of a run, or its folder, with --branch_from"):
+        if not branch_from.is_dir():
+            return read_state(branch_from, mmap), branch_from.parent
+        state = newest_checkpoint(branch_from, say, mmap)
+        if state is None:
+            raise FileNotFoundError(f"{branch_from} holds no checkpoint")
+        return state, branch_from
+
+
+def read_state(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """Return the checkpoint of a run; ValueError if it is damaged, or holds a model alone."""
+    state = read_checkpoint(path, mmap)
+    if missing := sorted({*RUN_KEYS} - state.keys()):
+        raise ValueError(f"{path}: not the checkpoint of a run (no {missing[0]})")
+    return state
+
+
 def newest_checkpoint(
     out_dir: Path, say: Callable[[str], None], mmap: bool = False
 ) -> dict[str, Any] | None:
@@ -160,10 +204,7 @@ def newest_checkpoint(
     paths = checkpoint_paths(out_dir)
     for path in paths:
         try:
-            state = read_checkpoint(path, mmap)
-            if missing := sorted({*RUN_KEYS} - state.keys()):
-                raise ValueError(f"{path}: not the checkpoint of a run (no {missing[0]})")
-            return state
+            return read_state(path, mmap)
         except ValueError as error:
             say(f"warning: {error}: trying the one before")
     if paths:
@@ -262,25 +303,38 @@ def crop_positions(
 
 # These settings must be the same to resume a run: a change in one of them makes it another run. The
 # machine, the precision and how often something is logged may change.
-SAME_IN_ONE_RUN = (
+SAME_IN_A_BRANCH = (  # so that it goes on with the same data in the same order
     "seed", "shuffle", "total_batch_size", "batch_ramp_tokens", "batch_ramp_start", "optimizer",
-    "max_lr", "warmup_steps", "schedule", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps",
-    "muon_lr", "muon_momentum", "grad_clip",
+)  # fmt: skip
+SAME_IN_ONE_RUN = (
+    *SAME_IN_A_BRANCH,
+    "max_lr", "warmup_steps", "schedule", "decay_fraction", "min_lr_ratio", "weight_decay", "beta1",
+    "beta2", "eps", "muon_lr", "muon_momentum", "grad_clip",
 )  # fmt: skip
 
 
-def check_same_run(state: dict[str, Any], train_config: dict[str, Any], data: str) -> None:
+OTHER_RUN = (
+    "give another --out_dir: there, --branch_from goes on from a checkpoint with another schedule "
+    "or budget, and --init_from takes over the weights alone"
+)
+
+
+def check_same_run(
+    state: dict[str, Any], train_config: dict[str, Any], data: str, branch: bool = False
+) -> None:
     """Raise ValueError that lists the differences if a checkpoint belongs to another run.
 
     `train_config` holds this run's settings (None: not given), `data` the fingerprint of its data.
+    A setting that the checkpoint does not know, because it is older, counts as equal.
     """
-    pairs = {
-        name: (state["train_config"].get(name), train_config[name]) for name in SAME_IN_ONE_RUN
-    }
+    names = SAME_IN_A_BRANCH if branch else SAME_IN_ONE_RUN
+    before = state["train_config"]
+    pairs = {name: (before[name], train_config[name]) for name in names if name in before}
     for name, value in state["model_config"].items():
         if train_config.get(name) is not None:
             pairs[name] = (value, train_config[name])
     pairs["data"] = (state["data"], data)
     differ = [f"{name} was {a}, is now {b}" for name, (a, b) in pairs.items() if a != b]
     if differ:
-        raise ValueError(f"the checkpoint belongs to another run ({'; '.join(differ)})")
+        what = "a branch cannot change" if branch else "the checkpoint belongs to another run"
+        raise ValueError(f"{what} ({'; '.join(differ)})")

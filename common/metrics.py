@@ -12,6 +12,43 @@ BY_UPDATE = ("train", "skip", "stats")  # events whose step is the index of an u
 
 
 @dataclass
+class Totals:
+    """What the lines of a run add up to. Each step counts once, however often it was repeated.
+
+    Seconds are of rank 0. Steps lost in a crash, which the resumed run did again, do not count.
+    """
+
+    train_seconds: float = 0.0  # the sum of dt: steps alone
+    eval_seconds: float = 0.0  # validation, HellaSwag, samples
+    save_seconds: float = 0.0  # checkpoints, and the export at the end
+    compile_seconds: float = 0.0  # torch.compile, wherever it was needed
+    startup_seconds: float = 0.0  # from the command to the first line, added up over restarts
+    tokens: int = 0  # of the steps in train_seconds
+    val_loss: float | None = None  # the newest one
+    peak_memory: int = 0  # bytes, as earlier ends recorded it
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Add one line. What it lacks (an older version wrote it) counts as 0."""
+        event, seconds = entry["event"], entry.get("seconds", 0)
+        if event == "run":
+            self.startup_seconds += entry.get("startup_seconds", 0)
+        elif event in ("train", "skip"):
+            self.train_seconds += entry.get("dt", 0)
+            self.tokens += entry.get("batch_tokens", 0)
+        elif event in ("val", "hellaswag", "sample"):
+            self.eval_seconds += seconds
+        elif event == "checkpoint":
+            self.save_seconds += seconds
+        elif event == "end":  # its other numbers are totals already
+            self.save_seconds += seconds
+            self.peak_memory = max(self.peak_memory, entry.get("peak_memory") or 0)
+        if event == "val":
+            self.val_loss = entry["loss"]
+        if event != "end":
+            self.compile_seconds += entry.get("compile_seconds", 0)
+
+
+@dataclass
 class Earlier:
     """The part of metrics.jsonl from before the step at which the run is resumed."""
 
@@ -19,6 +56,8 @@ class Earlier:
     events: set[tuple[str, int]] = field(default_factory=set)  # (event, step) of the lines
     best_loss: float = math.inf  # validation
     wandb_id: str | None = None
+    ended_at: int | None = None  # the step of the last end that was no signal
+    totals: Totals = field(default_factory=Totals)
 
 
 def read_earlier(path: Path, step: int) -> Earlier:
@@ -37,7 +76,16 @@ def read_earlier(path: Path, step: int) -> Earlier:
                 earlier.wandb_id = entry.get("wandb_id", earlier.wandb_id)
                 if entry["event"] == "val":
                     earlier.best_loss = min(earlier.best_loss, entry["loss"])
+                elif entry["event"] == "end" and entry["why"] != "signal":
+                    earlier.ended_at = entry["step"]
+                earlier.totals.add(entry)
     return earlier
+
+
+def how_it_went(path: Path, step: int) -> tuple[float, bool]:
+    """Return the best validation loss up to `step`, and whether the run's end there is recorded."""
+    earlier = read_earlier(path, step)
+    return earlier.best_loss, earlier.ended_at == step
 
 
 def read_lines(path: Path) -> list[str]:

@@ -277,3 +277,36 @@ def choose_recompute(
     enough = asked or min(most, math.ceil(ENOUGH_TOKENS / model.config.block_size))
     fitting = fits_sharded(model, enough, dtype, compiled, recompute=False)
     return ranks.all_sum(not fitting, device) > 0
+
+
+def choose_micro_batch(
+    model: nn.Module, config: Any, machine: Any, compiled: bool, usual: int
+) -> int:
+    """Return the rows of a micro-batch on every rank, and set `model.recompute`.
+
+    On CUDA that is the largest power of two that fits into memory, elsewhere at most `usual` rows,
+    because the system lends memory that it does not have. `config.micro_batch_size` is kept if it
+    divides the batch. Raises ValueError if it does not, or if not even one row fits.
+    """
+    T, world_size, dtype = model.config.block_size, machine.world_size, machine.dtype
+    asked, batch = config.micro_batch_size, config.total_batch_size
+    of_rank = batch // (T * world_size)  # rows in a step
+    recompute = choose_recompute(config.recompute, model, asked, of_rank, dtype, compiled)
+    model.recompute = recompute
+
+    def fits(rows: int) -> bool:
+        if machine.device.type != "cuda":
+            return rows <= usual
+        if is_sharded(model):
+            fitted = fits_sharded(model, rows, dtype, compiled, recompute)
+        else:
+            fitted = hardware.fits_in_memory(model, rows, machine.autocast, world_size)
+        return ranks.all_sum(fitted, machine.device) == world_size  # the same answer on every rank
+
+    if config.batch_ramp_tokens:  # the batch of every step is a multiple of the first
+        first, flag = config.batch_ramp_start, "batch_ramp_start"
+        hardware.choose_micro_batch_size(asked or 1, first, T, world_size, fits, flag, batch)
+    rows = hardware.choose_micro_batch_size(asked, batch, T, world_size, fits, "total_batch_size")
+    if machine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(machine.device)  # the trials are not training
+    return rows

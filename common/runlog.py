@@ -15,10 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+from common import hardware, parallel
+from common.cli import plain
 from common.dashboards import TensorBoard, WeightsAndBiases, check_installed
 from common.files import atomic_write
 from common.metrics import METRICS, read_earlier
+from common.profiling import Clock, StepProfiler
 from common.shards import data_source
+from common.significance import plus_minus
 
 # -----------------------------------------------------------------------------
 # the log
@@ -30,6 +34,10 @@ class RunLog:
     Only the first rank (`is_main`) writes. On every other rank the methods do nothing. For a
     resumed run, `kept` holds the (event, step) of each line that stays in metrics.jsonl. As a
     context manager, the log closes itself.
+
+    An event is written as soon as its work is done. So the time since the event before it is the
+    time that it took: `seconds`, without those of the compiler, `compile_seconds`. (A step has its
+    own time, `dt`.)
     """
 
     def __init__(
@@ -39,27 +47,35 @@ class RunLog:
         is_main: bool,
         tensorboard: bool = False,
         wandb: bool = False,
+        trunk: Path | None = None,
     ):
         """Open metrics.jsonl, and drop the lines that a run resumed at `step` will write again.
 
-        Raises ValueError, on every rank and before anything is written, if the package of a
-        dashboard is missing. Raises OSError, as `write` and `close` do, if metrics.jsonl cannot
-        be written.
+        A run that branches off at `step` starts with the lines of its `trunk`, the folder of
+        another run. Raises ValueError, on every rank and before anything is written, if the package
+        of a dashboard is missing. Raises OSError, as `write` and `close` do, if metrics.jsonl
+        cannot be written.
         """
         for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb)):
             if wanted:
                 check_installed(package)
         self.kept: set[tuple[str, int]] = set()
         self.file: TextIO | None = None  # None: write nothing
+        self.profiler: StepProfiler | None = None
         if not is_main:
             return
         out_dir.mkdir(parents=True, exist_ok=True)
         self.path = out_dir / METRICS
         earlier = read_earlier(self.path, step)
-        self.kept = earlier.events
+        if new_branch := trunk and not self.path.exists():
+            earlier = read_earlier(trunk / METRICS, step)
+            earlier.wandb_id = None  # the trunk's
+        self.kept, self.totals = earlier.events, earlier.totals
         self.console = Console(earlier.best_loss)
+        self.clock = Clock()
         self.dashboards: list[TensorBoard | WeightsAndBiases] = []
-        self.ids: dict[str, str] = {}  # recorded, so that a resumed run continues its dashboard
+        # recorded, so that a resumed run continues its dashboard, and a branch not its trunk's
+        self.ids: dict[str, str | None] = {"wandb_id": None} if new_branch else {}
         if tensorboard:
             self.dashboards.append(TensorBoard(out_dir, step))
         if wandb:
@@ -83,22 +99,46 @@ class RunLog:
         """Record one event. JSON must be able to hold the values."""
         if self.file is None:
             return
+        seconds, compiling = self.clock.lap()
+        if "dt" in values:
+            values["dt"] -= compiling
+        elif event not in ("run", "stats"):
+            values["seconds"] = seconds - compiling
+        if compiling:
+            values["compile_seconds"] = compiling
         if event == "run":
             source = data_source(Path(values["config"]["data_dir"]))
             values |= {**software(), "data_source": source, **self.ids}
-            self.flops = values["flops_per_token"], values["peak_flops"]
+            self.about = values
+            if values["compile"]:
+                self.clock.watch_compiler()
         elif event == "train":
-            speed = values["batch_tokens"] / values["dt"]  # tokens a second
-            # MFU, model FLOPs utilisation (PaLM paper): the part of the GPUs' peak that is used
-            flops, peak = self.flops
-            mfu = speed * flops / peak if peak else None
-            values |= {"tokens_per_sec": speed, "mfu": mfu}
+            values |= self.speed(values["batch_tokens"], values["dt"])
         entry = {"event": event, "step": step, "time": time.time(), **values}
+        self.totals.add(entry)
+        if event == "end":
+            values |= self.summary(values)
+            entry |= values
         with naming(self.path):
             print(json.dumps(entry), file=self.file, flush=True)
         self.console.write(event, step, values)
         for dashboard in self.dashboards:
             dashboard.write(event, step, values)
+
+    def speed(self, tokens: int, seconds: float) -> dict[str, float | None]:
+        """Return tokens a second, and MFU (None: the GPU's peak is not known)."""
+        speed = tokens / seconds if seconds else 0.0
+        # MFU, model FLOPs utilisation (PaLM paper): the part of the GPUs' peak that is used
+        flops, peak = self.about["flops_per_token"], self.about["peak_flops"]
+        return {"tokens_per_sec": speed, "mfu": speed * flops / peak if peak else None}
+
+    def summary(self, end: dict[str, Any]) -> dict[str, Any]:
+        """Return what the run adds up to, with its earlier parts, for the line that ends it."""
+        totals = vars(self.totals).copy()
+        tokens = totals.pop("tokens")
+        totals["peak_memory"] = totals["peak_memory"] or None  # not known on Windows
+        speed = self.speed(tokens, totals["train_seconds"])
+        return {**totals, **speed, "n_params": self.about["n_params"]}
 
     def write_step(
         self, step: int, result: Any, batch_tokens: int, tokens_seen: int, T: int, **values: float
@@ -112,7 +152,14 @@ class RunLog:
             return
         windows = [(tokens_seen - batch_tokens) // T, tokens_seen // T]  # to look at
         why = f"loss {result.loss}, gradient norm {result.grad_norm}"
-        self.write("skip", step, why=why, windows=windows)
+        self.write(
+            "skip", step, why=why, windows=windows, dt=values["dt"],
+            batch_tokens=batch_tokens, tokens_seen=tokens_seen,
+        )  # fmt: skip
+
+    def profiled(self, step: int) -> contextlib.AbstractContextManager:
+        """Profile the step inside the `with` block, if `--profile_step` asks for it."""
+        return self.profiler.step(step) if self.profiler else contextlib.nullcontext()
 
     def say(self, line: str) -> None:
         """Print a line on the console, above the status line if there is one."""
@@ -127,6 +174,9 @@ class RunLog:
         """
         if self.file is None:
             return
+        self.clock.close()
+        if self.profiler:
+            self.profiler.finish()
         file, self.file = self.file, None
         self.console.close()
         for dashboard in self.dashboards:
@@ -136,6 +186,29 @@ class RunLog:
                 dashboard.close()
         with naming(self.path):  # a network file system may report a full disk only here
             file.close()
+
+
+def open_log(run: Any, startup_seconds: float) -> RunLog:
+    """Open the log of a run and write down what this run is. Then print the run's notes."""
+    config, machine, model = run.config, run.machine, run.model
+    boards = config.tensorboard, config.wandb
+    log = RunLog(config.out_dir, run.step, machine.is_main, *boards, run.trunk)
+    log.write(
+        "run", run.step, config=plain(config), model_config=plain(model.config),  # as JSON types
+        n_params=model.n_params, data=run.data, device=hardware.device_name(machine.device),
+        micro_batch_size=run.micro_batch_size, world_size=machine.world_size, compile=run.compiled,
+        shard=parallel.is_sharded(model), recompute=model.recompute,
+        dtype=str(machine.dtype).removeprefix("torch."),  # of matrix products
+        **hardware.flops_of_run(model, machine.device, machine.world_size),  # for MFU
+        passes=config.budget / (len(run.train_windows) * model.config.block_size),  # epochs
+        startup_seconds=startup_seconds,
+    )  # fmt: skip
+    for note in run.notes:
+        machine.print(f"note: {note}")
+    if machine.is_main and config.profile_step is not None:
+        kind = machine.device.type
+        log.profiler = StepProfiler(config.profile_step, config.out_dir, kind, log.say)
+    return log
 
 
 @contextlib.contextmanager
@@ -173,6 +246,8 @@ class Console:
         self.best_loss = best_loss  # validation
         self.budget = 0  # tokens of the whole run
         self.step_time = 0.0  # seconds, smoothed
+        self.printed = -math.inf  # when the last training line was printed
+        self.held = ""  # the training line that came too soon after it
         self.bar: Any = None  # the status line, from the first step on
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
@@ -183,7 +258,17 @@ class Console:
             self.step_time = smoothed(self.step_time, values["dt"])
         elif event == "val":
             self.best_loss = min(self.best_loss, values["loss"])
-        if line := self.line(event, step, values):
+        line = self.line(event, step, values)
+        if event == "train":
+            # A line a second is as much as anybody reads. The first and the last step have theirs.
+            last = values["tokens_seen"] >= self.budget
+            if not last and time.monotonic() - self.printed < 1.0:
+                self.held, line = line, ""
+            else:
+                self.held, self.printed = "", time.monotonic()
+        elif event in ("checkpoint", "end"):  # perhaps there is no further step
+            self.say_held()
+        if line:
             self.say(line)
         if event == "train" and self.on_terminal:
             self.show_status(step, values)
@@ -195,8 +280,15 @@ class Console:
         else:
             print(line, flush=True)
 
+    def say_held(self) -> None:
+        """Print the newest training line, if it was held back."""
+        if self.held:
+            self.say(self.held)
+            self.held = ""
+
     def close(self) -> None:
-        """Remove the status line."""
+        """Print the last training line if it was held back, and remove the status line."""
+        self.say_held()
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -211,7 +303,8 @@ class Console:
             case "train":
                 return f"{train_line(step, values)}, {self.time_left(values)} left"
             case "val":
-                return f"step {step}: validation loss {values['loss']:.4f}"
+                bits = f" ({values['bpb']:.4f} bits per byte)" if values.get("bpb") else ""
+                return f"step {step}: validation loss {values['loss']:.4f}{bits}"
             case "hellaswag":
                 return hellaswag_line(step, values)
             case "sample":
@@ -220,6 +313,8 @@ class Console:
                 return f"step {step}: not applied: {values['why']}"
             case "checkpoint":
                 return f"step {step}: saved {values['path']}"
+            case "end":
+                return end_block(step, values)
             case "stats":  # for plot.py: too many numbers to read
                 return ""
         raise AssertionError(f"no such event: {event}")
@@ -284,5 +379,22 @@ def train_line(step: int, v: dict[str, Any]) -> str:
 
 
 def hellaswag_line(step: int, v: dict[str, Any]) -> str:
-    scores = f"acc {v['acc']:.4f}, acc_norm {v['acc_norm']:.4f}"
+    scores = f"acc {v['acc']:.4f}, acc_norm {v['acc_norm']:.4f}{plus_minus(v['acc_norm_stderr'])}"
     return f"step {step}: HellaSwag ({v['style']}): {scores}"
+
+
+def end_block(step: int, v: dict[str, Any]) -> str:
+    """Return the last lines of a run, for people and for scripts: a name, a colon, a value.
+
+    The names are those of metrics.jsonl. Memory is in bytes.
+    """
+    form = {"val_loss": ".6f", "tokens_per_sec": ".0f", "mfu": ".4f"}
+    form |= {f"{name}_seconds": ".1f" for name in ("train", "eval", "save", "compile", "startup")}
+    names = [
+        "why", "val_loss", "train_seconds", "eval_seconds", "save_seconds", "compile_seconds",
+        "startup_seconds", "steps", "tokens_seen", "tokens_per_sec", "peak_memory", "mfu",
+        "n_params",
+    ]  # fmt: skip
+    values = v | {"steps": step}
+    shown = {name: values[name] for name in names if values[name] is not None}
+    return "\n".join(f"{name}: {value:{form.get(name, '')}}" for name, value in shown.items())

@@ -63,6 +63,23 @@ SAFE_CUT = re.compile(rf"(?<=\S)(?={SPACE})|(?<={SPACE})(?={SPACE}\S)")
 PART_CHARS = 1 << 18  # tiktoken fails on a million blanks, and needs ten bytes for each character
 
 
+@functools.cache
+def bytes_of_tokens() -> np.ndarray:
+    """Return the bytes of text that each id stands for (uint16 ids, so 65536 of them).
+
+    <|endoftext|>, and ids that GPT-2 does not have, stand for no text: 0.
+    """
+    sizes = np.zeros(1 << 16, np.int64)
+    for token, rank in (line.split() for line in read_ranks().splitlines()):
+        sizes[int(rank)] = len(base64.b64decode(token))
+    return sizes
+
+
+def count_bytes(ids: np.ndarray) -> int:
+    """Return the bytes of text that token ids stand for, in UTF-8."""
+    return int(bytes_of_tokens()[ids].sum())
+
+
 def tiktoken_ids(text: str) -> np.ndarray:
     """Return tiktoken's tokens of a text that is not too long (uint16)."""
     tokenizer = get_tokenizer()

@@ -301,8 +301,17 @@ def test_all_differences_are_listed_and_sizes_not_given_are_ignored(run):
     check_same_run(run, {**run["train_config"], **dict.fromkeys(SMALL)}, "a")
 
 
-def test_a_setting_that_the_checkpoint_does_not_know_is_a_difference(run):
+def test_a_run_of_an_older_version_which_lacks_a_setting_can_be_resumed(run):
     before = dict(run["train_config"])
-    del before["muon_momentum"]
-    with pytest.raises(ValueError, match=r"muon_momentum was None, is now 0\.95"):
-        check_same_run({**run, "train_config": before}, run["train_config"], "a")
+    del before["decay_fraction"]
+    check_same_run({**run, "train_config": before}, run["train_config"], "a")
+
+
+def test_a_branch_may_change_the_schedule_and_the_rates_but_not_the_data_or_the_model(run):
+    may = dict(schedule="wsd", max_lr=1.0, warmup_steps=1, max_steps=9, weight_decay=0.0)
+    check_same_run(run, {**run["train_config"], **may}, "a", branch=True)
+    for change in dict(seed=7), dict(total_batch_size=9), dict(optimizer="muon"), dict(n_layer=9):
+        with pytest.raises(ValueError, match=r"a branch cannot change .*was"):
+            check_same_run(run, {**run["train_config"], **change}, "a", branch=True)
+    with pytest.raises(ValueError, match=r"a branch cannot change .data was a, is now b"):
+        check_same_run(run, run["train_config"], "b", branch=True)

@@ -165,7 +165,7 @@ def test_if_every_checkpoint_is_damaged_nothing_is_deleted(data_dir, tmp_path):
 )
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(data_dir, tmp_path, number):
     process = start(data_dir, tmp_path, max_steps=100_000)
-    wait_for(process, "step 3:")
+    wait_for(process, "step 5: validation loss")
     process.send_signal(number)
     output = process.communicate(timeout=20)[0]
     assert process.returncode == 128 + number
@@ -243,7 +243,7 @@ def test_under_nohup_a_run_outlives_its_terminal(data_dir, tmp_path):
 @pytest.mark.slow  # test_cli.py has the short form
 def test_a_run_outlives_the_reader_of_its_output(data_dir, tmp_path):
     process = start(data_dir, tmp_path, max_steps=60)
-    wait_for(process, "step 3:")
+    wait_for(process, "step 5: validation loss")
     process.stdout.close()  # as when tee is killed
     assert process.wait(timeout=60) == 0
     assert len(read_metrics(tmp_path, "train")) == 60 and (tmp_path / "hf").exists()
@@ -252,7 +252,7 @@ def test_a_run_outlives_the_reader_of_its_output(data_dir, tmp_path):
 @pytest.mark.slow
 def test_a_terminal_that_torchrun_loses_saves_and_leaves_no_rank(data_dir, tmp_path):
     process = start(data_dir, tmp_path, ranks=2, max_steps=100_000)
-    wait_for(process, "step 3:")
+    wait_for(process, "step 5: validation loss")
     ranks = workers(process)
     for _ in range(2):  # the shell sends it, and the kernel
         process.send_signal(signal.SIGHUP)
@@ -295,7 +295,7 @@ def test_two_ranks_resume_bit_for_bit_and_one_continues_from_two(data_dir, two_r
 
 def test_a_signal_to_one_rank_stops_all_and_is_no_failure(data_dir, tmp_path):
     process = start(data_dir, tmp_path, ranks=2, launcher=("--max-restarts=3",), max_steps=100_000)
-    wait_for(process, "step 3:")
+    wait_for(process, "step 5: validation loss")
     os.kill(workers(process)[1], signal.SIGUSR1)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
@@ -308,7 +308,7 @@ def test_a_batch_system_stops_a_run_through_torchrun(data_dir, tmp_path):
     # what Slurm does with `#SBATCH --signal=B:USR1@120` and the README's trap
     launcher = ("--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",)
     process = start(data_dir, tmp_path, ranks=2, launcher=launcher, max_steps=100_000)
-    wait_for(process, "step 3:")
+    wait_for(process, "step 5: validation loss")
     process.send_signal(signal.SIGUSR1)
     output = process.communicate(timeout=60)[0]
     assert "continue with the same command and --resume" in output
@@ -329,7 +329,7 @@ def test_a_rank_that_dies_is_replaced_and_the_result_is_the_same(data_dir, two_r
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_ended_by_the_time_out(data_dir, tmp_path):
     process = start(data_dir, tmp_path, ranks=2, max_steps=100_000, timeout_minutes=0.1)
-    wait_for(process, "step 3:")
+    wait_for(process, "step 5: validation loss")
     hung = workers(process)[1]
     os.kill(hung, signal.SIGSTOP)
     process.communicate(timeout=120)
