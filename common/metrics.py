@@ -60,20 +60,23 @@ class Earlier:
     totals: Totals = field(default_factory=Totals)
 
 
-def read_earlier(path: Path, step: int) -> Earlier:
+def read_earlier(path: Path, step: int, branch: bool = False) -> Earlier:
     """Read the lines of metrics.jsonl that a run resumed at `step` keeps.
 
     Update `step` comes next, so lines about it and about later updates are dropped. Validation,
-    sample and checkpoint of `step` come before that update, so they are kept.
+    sample and checkpoint of `step` come before that update, so they are kept. A `branch` takes the
+    lines over from another run, whose end and dashboard are not its own.
     """
     earlier = Earlier()
     for line in read_lines(path):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a crash cut the line off
             entry = json.loads(line)
+            if branch and entry["event"] == "end":
+                continue
             if entry["step"] < step + (entry["event"] not in BY_UPDATE):
                 earlier.lines.append(line + "\n")
                 earlier.events.add((entry["event"], entry["step"]))
-                earlier.wandb_id = entry.get("wandb_id", earlier.wandb_id)
+                earlier.wandb_id = None if branch else entry.get("wandb_id", earlier.wandb_id)
                 if entry["event"] == "val":
                     earlier.best_loss = min(earlier.best_loss, entry["loss"])
                 elif entry["event"] == "end" and entry["why"] != "signal":

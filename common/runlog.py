@@ -68,8 +68,7 @@ class RunLog:
         self.path = out_dir / METRICS
         earlier = read_earlier(self.path, step)
         if new_branch := trunk and not self.path.exists():
-            earlier = read_earlier(trunk / METRICS, step)
-            earlier.wandb_id = None  # the trunk's
+            earlier = read_earlier(trunk / METRICS, step, branch=True)
         self.kept, self.totals = earlier.events, earlier.totals
         self.console = Console(earlier.best_loss)
         self.clock = Clock()

@@ -60,6 +60,25 @@ def test_two_ranks_equal_one_process(data_dir, tmp_path, optimizer, within):
     assert validation[0] == pytest.approx(validation[1], abs=within)
 
 
+def test_two_ranks_branch_off_and_end_together_at_the_target(data_dir, tmp_path):
+    run_train(data_dir, tmp_path / "trunk", max_steps=4, schedule="wsd", warmup_steps=1)
+    whole = run_train(
+        data_dir, tmp_path / "one", max_steps=20, schedule="wsd", warmup_steps=1, eval_every=2
+    )
+    target = next(m["loss"] for m in whole if m["event"] == "val" and m["step"] == 8)
+    settings = dict(data_dir=data_dir, out_dir=tmp_path / "two", max_steps=20, schedule="wsd")
+    settings |= dict(
+        warmup_steps=1, branch_from=tmp_path / "trunk", target_loss=target + 1e-3, eval_every=2
+    )
+    assert ended_well(train_ranks(tmp_path, settings, settings))
+    two = read_metrics(tmp_path / "two")
+    assert [(m["step"], m["why"]) for m in two if m["event"] == "end"] == [(8, "target")]
+    for a, b in zip(losses(whole), losses(two), strict=False):
+        assert a == pytest.approx(b, abs=1e-5)
+    again = train_ranks(tmp_path, *[{**settings, "resume": True}] * 2)
+    assert ended_well(again) and "the run is finished after 8 steps" in again[0].out
+
+
 def test_under_torchrun_a_mistake_is_printed_once(data_dir, tmp_path):
     settings = flags(**{**RUN, "data_dir": data_dir, "out_dir": tmp_path, "micro_batch_size": 3})
     result = run_command_line("train_gpt2.py", *settings, ranks=2)

@@ -216,7 +216,10 @@ def test_accuracy_counts_sums_and_length_normalised_sums():
     questions = Questions("harness", [Question([1], [[1]] * 4, lengths, label) for label in (0, 1)])
     losses = torch.tensor([[9.0, 3, 8, 8]] * 2)  # summed: ending 1; for its length: ending 0
     result = {"style": "harness", "acc": 0.5, "acc_norm": 0.5, "n": 2}
-    assert hellaswag.summarize(questions, losses) == result
+    errors = {"acc_stderr": 0.5, "acc_norm_stderr": 0.5}
+    assert hellaswag.summarize(questions, losses) == result | errors
+    one = hellaswag.summarize(Questions("harness", questions.items[:1]), losses[:1])
+    assert one["acc_norm_stderr"] is None, "one example has no spread"
     assert hellaswag.choices(questions, losses) == ([1, 1], [0, 0])
 
 

@@ -1,15 +1,17 @@
-"""A run that is stopped and resumed is the run that was never stopped."""
+"""A run that is stopped and resumed, or branched, is the run that was never stopped."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import losses, read_metrics, run_train
+from conftest import RUN, losses, read_metrics, run_train
 
-from common.checkpoint import build_model
+from common.checkpoint import build_model, read_checkpoint
 from common.cli import explain
-from train_gpt2 import GPT, GPTConfig, Windows, load_model
+from train_gpt2 import GPT, GPTConfig, TrainConfig, Windows, learning_rate, load_model
 
 
 def final_weights(out_dir, step):
@@ -125,6 +127,151 @@ def test_another_run_is_not_resumed_but_another_length_is(data_dir, tmp_path, ca
     longer = run_train(data_dir, tmp_path, resume=True, max_steps=6)
     assert "max_steps was 4, is now 6" in capsys.readouterr().out
     assert [m["step"] for m in longer if m["event"] == "train"] == list(range(6))
+
+
+# -----------------------------------------------------------------------------
+# the end, and other ends
+
+
+def end_of(metrics: list[dict]) -> list[tuple]:
+    return [(m["step"], m["why"]) for m in metrics if m["event"] == "end"]
+
+
+def test_a_run_ends_at_the_first_validation_loss_at_the_target_and_stays_finished(
+    data_dir, tmp_path, capsys
+):
+    whole = run_train(data_dir, tmp_path / "whole", eval_every=2, max_steps=12)
+    loss = {m["step"]: m["loss"] for m in whole if m["event"] == "val"}
+    assert loss[4] < loss[2] and end_of(whole) == [(12, "budget")]
+    settings = dict(eval_every=2, max_steps=12, sample_every=100, vocab_size=300)
+    short = run_train(data_dir, tmp_path / "short", target_loss=loss[4], **settings)
+    assert losses(short) == losses(whole)[:4] and end_of(short) == [(4, "target")]
+    assert (tmp_path / "short" / "ckpt_000004.pt").exists() and (tmp_path / "short" / "hf").exists()
+    before = (tmp_path / "short" / "metrics.jsonl").read_text()
+    run_train(data_dir, tmp_path / "short", target_loss=loss[4], resume=True, **settings)
+    assert "the run is finished after 4 steps" in capsys.readouterr().out
+    assert (tmp_path / "short" / "metrics.jsonl").read_text() == before
+    longer = run_train(data_dir, tmp_path / "short", resume=True, **settings)
+    assert losses(longer) == losses(whole), "without the target it goes on"
+    assert end_of(longer) == [(4, "target"), (12, "budget")]
+
+
+def test_at_the_target_a_run_samples_and_scores_as_at_its_end(data_dir, tmp_path):
+    settings = dict(sample_every=100, eval_every=2, vocab_size=50257, target_loss=10.6)
+    run = run_train(data_dir, tmp_path, **settings)
+    (end,) = (m for m in run if m["event"] == "end")
+    assert end["why"] == "target" and 0 < end["step"] < 10
+    assert {m["step"] for m in run if m["event"] == "sample"} == {0, end["step"]}
+
+
+def test_the_totals_of_a_killed_and_resumed_run_count_every_step_once(data_dir, tmp_path):
+    run_train(data_dir, tmp_path, checkpoint_every=4, keep_checkpoints=0, max_steps=8)
+    (tmp_path / "ckpt_000008.pt").unlink()  # as if it had been killed before that
+    run = run_train(data_dir, tmp_path, resume=True, max_steps=8)
+    (end,) = (m for m in run if m["event"] == "end")
+    assert end["train_seconds"] == pytest.approx(sum(m.get("dt", 0) for m in run))
+    assert end["tokens_seen"] == 8 * 256 and end["step"] == 8
+    assert end["tokens_per_sec"] == pytest.approx(8 * 256 / end["train_seconds"])
+    assert end["val_loss"] == [m["loss"] for m in run if m["event"] == "val"][-1]
+    seconds = [m["seconds"] for m in run if m["event"] == "val"]
+    assert end["eval_seconds"] == pytest.approx(sum(seconds)) and len(seconds) == 3
+
+
+def test_a_run_killed_before_its_last_line_is_brought_to_its_end(data_dir, tmp_path):
+    run_train(data_dir, tmp_path, max_steps=4)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert '"event": "end"' in lines[-1]
+    path.write_text("".join(lines[:-1]))
+    shutil.rmtree(tmp_path / "hf")
+    again = run_train(data_dir, tmp_path, resume=True, max_steps=4)
+    assert end_of(again) == [(4, "budget")] and (tmp_path / "hf").exists()
+    assert [m["step"] for m in again if m["event"] == "val"] == [0, 4]
+
+
+WSD = dict(schedule="wsd", eval_every=3, max_steps=12)
+
+
+@pytest.fixture(scope="module")
+def trunk(data_dir, tmp_path_factory):
+    """The folder of a run with a constant rate until step 10, and checkpoints on the way."""
+    folder = tmp_path_factory.mktemp("trunk")
+    run_train(data_dir, folder, checkpoint_every=3, keep_checkpoints=0, dropout=0.1, **WSD)
+    return folder
+
+
+def test_a_branch_with_the_same_settings_is_the_run_itself_to_the_last_bit(
+    data_dir, trunk, tmp_path
+):
+    before = {path: path.read_bytes() for path in trunk.rglob("*") if path.is_file()}
+    branch = dict(branch_from=trunk / "ckpt_000006.pt", dropout=0.1, **WSD)
+    metrics = run_train(data_dir, tmp_path / "branch", **branch)
+    whole = read_metrics(trunk)
+    assert losses(metrics) == losses(whole) and len(losses(whole)) == 12
+    for event, name in ("val", "loss"), ("val", "bpb"):
+        a, b = ([(m["step"], m[name]) for m in x if m["event"] == event] for x in (metrics, whole))
+        assert a == b
+    a, b = (read_checkpoint(path / "ckpt_000012.pt") for path in (tmp_path / "branch", trunk))
+    assert_same_weights(a["model"], b["model"])
+    for i, entry in b["optimizer"]["state"].items():
+        assert_same_weights(a["optimizer"]["state"][i], entry)
+    assert (a["windows_seen"], a["step"]) == (b["windows_seen"], b["step"])
+    assert before == {path: path.read_bytes() for path in before}, "the trunk is only read"
+    (end,) = (m for m in metrics if m["event"] == "end")
+    assert end["train_seconds"] == pytest.approx(sum(m.get("dt", 0) for m in metrics))
+
+
+def test_a_branch_may_have_another_end_and_can_be_resumed_itself(data_dir, trunk, tmp_path, capsys):
+    settings = {**WSD, "branch_from": trunk, "dropout": 0.1, "checkpoint_every": 1}
+    settings |= dict(max_steps=16, decay_fraction=0.25, schedule="linear", keep_checkpoints=0)
+    first = run_train(data_dir, tmp_path / "branch", **settings)
+    assert f"continuing after step 12, as a branch of {trunk}" in capsys.readouterr().out
+    assert losses(first)[:12] == losses(read_metrics(trunk)), "it begins as its trunk"
+    rates = [m["lr"] for m in first if m["event"] == "train"]
+    config = TrainConfig(**{**RUN, "schedule": "linear", "max_steps": 16})
+    expected = [learning_rate(config, 256 * s, 256, config.max_lr) for s in range(12, 16)]
+    assert rates[12:] == expected and end_of(first) == [(16, "budget")]
+    for step in (15, 16):
+        (tmp_path / "branch" / f"ckpt_{step:06d}.pt").unlink()
+    again = run_train(data_dir, tmp_path / "branch", resume=True, **settings)
+    assert losses(again) == losses(first)
+    for path in (tmp_path / "branch").glob("ckpt_*.pt"):
+        path.unlink()  # as if it had been killed before its first checkpoint
+    again = run_train(data_dir, tmp_path / "branch", resume=True, **settings)
+    assert losses(again) == losses(first) and end_of(again) == [(16, "budget")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(seed=7), r"a branch cannot change \(seed was 1337, is now 7\)"),
+        (dict(max_steps=12), r"has reached its budget at step 12: give a larger --max_steps"),
+        (dict(target_loss=9.0), r"has reached its target at step 12: give a lower --target_loss"),
+        (dict(branch_from=Path("nowhere.pt")), "nowhere.pt: no such checkpoint"),
+        (dict(branch_from="no metrics"), None),
+        (dict(branch_from="a model"), "not the checkpoint of a run"),
+        (dict(branch_from="a folder"), "holds no checkpoint"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_branch_that_cannot_be_is_refused_and_leaves_nothing(
+    data_dir, trunk, tmp_path, changes, message
+):
+    shutil.copy(trunk / "ckpt_000012.pt", tmp_path)
+    (tmp_path / "empty").mkdir()
+    state = read_checkpoint(trunk / "ckpt_000012.pt")
+    torch.save({name: state[name] for name in ("model", "model_config")}, tmp_path / "model.pt")
+    places = {"no metrics": "ckpt_000012.pt", "a model": "model.pt", "a folder": "empty"}
+    settings = {**WSD, "branch_from": trunk, "dropout": 0.1, "max_steps": 16, **changes}
+    if settings["branch_from"] in places:
+        settings["branch_from"] = tmp_path / places[settings["branch_from"]]
+    if message is None:  # a checkpoint that came alone: its steps are not known, but it goes on
+        metrics = run_train(data_dir, tmp_path / "log", **settings)
+        assert [m["step"] for m in metrics if m["event"] == "train"] == [12, 13, 14, 15]
+        return
+    with pytest.raises((ValueError, OSError), match=message):
+        run_train(data_dir, tmp_path / "log", **settings)
+    assert not (tmp_path / "log").exists()
 
 
 def test_init_from_starts_with_the_weights_of_a_checkpoint(data_dir, tmp_path):

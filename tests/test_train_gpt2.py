@@ -18,6 +18,7 @@ from conftest import RUN, SMALL, all_files, flags, losses, run_command_line, run
 
 import train_gpt2
 from common.hardware import flops_per_token, ugly_dimensions
+from common.tokenizer import get_tokenizer
 from train_gpt2 import (
     GPT,
     PRESETS,
@@ -25,6 +26,7 @@ from train_gpt2 import (
     Machine,
     TrainConfig,
     Windows,
+    bits_per_byte,
     compile_model,
     learning_rate,
     load_model,
@@ -491,6 +493,23 @@ def test_the_linear_schedule_ends_at_zero():
     assert min(falls) == pytest.approx(max(falls)) == pytest.approx(6e-4 / (19073 - 715))
 
 
+def test_wsd_is_constant_after_warm_up_and_falls_linearly_to_the_ratio():
+    config, batch = TrainConfig(schedule="wsd", max_steps=1000, warmup_steps=100), 524288
+    rates = [learning_rate(config, step * batch, batch, 6e-4) for step in range(1000)]
+    assert rates[:100] == sorted(rates[:100]) and rates[0] == pytest.approx(6e-6)
+    assert rates[99:801] == [6e-4] * 702
+    falls = [a - b for a, b in itertools.pairwise(rates[800:])]
+    assert min(falls) == pytest.approx(max(falls)) == pytest.approx(0.9 * 6e-4 / 200)
+    assert learning_rate(config, config.budget, batch, 6e-4) == pytest.approx(6e-5)
+    # a longer run has the same rates until the shorter one goes down: it can be branched there
+    longer = dataclasses.replace(config, max_steps=2000)
+    assert [learning_rate(longer, s * batch, batch, 6e-4) for s in range(800)] == rates[:800]
+    never = dataclasses.replace(config, decay_fraction=0.0)
+    assert learning_rate(never, 999 * batch, batch, 6e-4) == 6e-4
+    at_once = dataclasses.replace(config, decay_fraction=1.0)  # warm-up comes first
+    assert learning_rate(at_once, 550 * batch, batch, 6e-4) == pytest.approx(0.55 * 6e-4)
+
+
 # -----------------------------------------------------------------------------
 # one step
 
@@ -603,6 +622,37 @@ def test_a_run_validates_on_the_first_windows_of_the_validation_split(
         expected = fresh(x, y).item()
     assert metrics[1]["event"] == "val" and metrics[1]["step"] == 0
     assert metrics[1]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_bits_per_byte_count_the_text_of_the_targets_and_no_markers(tmp_path):
+    tokenizer = get_tokenizer()
+    ids = [
+        50256,
+        *tokenizer.encode("Grüße aus 東京. " * 90),
+        50256,
+        *tokenizer.encode("end " * 300),
+    ]
+    write_shards(tmp_path, {"a_train_000001.npy": 100})
+    np.save(tmp_path / "a_val_000000.npy", np.array(ids, dtype=np.uint16))
+    windows = Windows(tmp_path, "val", 16, 50257)
+    n = len(windows) - 1
+    targets = ids[1 : 16 * n + 1]
+    assert 50256 in targets and n > 64, "a marker, and more than is read at a time"
+    text = b"".join(tokenizer.decode_single_token_bytes(i) for i in targets if i != 50256)
+    loss = 3.0
+    assert loss * bits_per_byte(windows, n) == pytest.approx(
+        loss * len(targets) / (math.log(2) * len(text))
+    )
+
+
+def test_a_run_on_text_logs_bits_per_byte_and_one_on_other_tokens_does_not(data_dir, tmp_path):
+    other = run_train(data_dir, tmp_path / "other", max_steps=1)
+    assert [m["bpb"] for m in other if m["event"] == "val"] == [None, None]
+    text = run_train(data_dir, tmp_path / "text", max_steps=1, vocab_size=50257, val_tokens=512)
+    ratio = bits_per_byte(Windows(data_dir, "val", 16, 50257), 32)
+    for m in text:
+        if m["event"] == "val":
+            assert m["bpb"] == pytest.approx(m["loss"] * ratio) and m["bpb"] > 1
 
 
 def test_the_end_of_a_run_leaves_its_last_weights_for_other_programs(data_dir, tmp_path):
@@ -743,6 +793,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(data_dir, tmp_path):
         {"beta2": 1.0},
         {"warmup_steps": 20000},
         {"dropout": 1.0},
+        {"decay_fraction": 1.1},
+        {"target_loss": -1.0},
+        {"profile_step": -1},
+        {"init_from": "gpt2", "branch_from": Path("log")},
     ],
     ids=lambda wrong: list(wrong)[-1],
 )
