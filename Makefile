@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-faults test-dashboards bench lint clean
+.PHONY: install demo test test-faults test-dashboards bench lint clean
+
+install: .venv/.run
+	@echo "Now: . .venv/bin/activate"
 
 demo: .venv/.run
 	$(BIN)/python fineweb.py --source pydocs
@@ -15,15 +18,15 @@ demo: .venv/.run
 	@echo "  .venv/bin/python fineweb.py --source texts/*.txt --out_dir data/mine"
 	@echo "  .venv/bin/python train_gpt2.py --preset tiny --data_dir data/mine --out_dir log/mine"
 
-test: .venv/.dev
+test: .venv/bin/pytest
 	$(BIN)/python -m pytest
 
 # The slow tests: dozens of kills, a rank that hangs, two nodes (as root, on Linux). Ten minutes and more.
-test-faults: .venv/.dev
+test-faults: .venv/bin/pytest
 	$(BIN)/python -m pytest -m "slow or not slow" tests/test_faults.py tests/test_resume.py
 	$(BIN)/python -m pytest -m slow tests/test_fineweb.py tests/test_ddp.py tests/test_nodes.py tests/test_parallel.py
 
-test-dashboards: .venv/.dev
+test-dashboards: .venv/bin/pytest
 	$(BIN)/python -m pip install -q tensorboard==2.21.0 wandb==0.31.0
 	$(BIN)/python -m pytest tests/test_dashboards.py
 
@@ -32,18 +35,18 @@ bench: .venv/.run
 	mkdir -p log
 	$(BIN)/python bench.py --out log/ladder.json --plot log/ladder.png
 
-lint: .venv/.dev
+lint: .venv/bin/pytest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.venv/bin/python:
+.venv/bin/pip:  # also where uv has made an environment: those have no pip
 	$(PYTHON) -m venv .venv
 
-.venv/.run: requirements.txt | .venv/bin/python
+.venv/.run: requirements.txt | .venv/bin/pip
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
 
-.venv/.dev: requirements-dev.txt .venv/.run
+.venv/bin/pytest: requirements-dev.txt .venv/.run
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	touch $@
 
