@@ -3,31 +3,34 @@ Read the numbers of a run from its metrics.jsonl and draw them:
 
     python plot.py log                                   # log/curves.png
     python plot.py log/a log/b --x hours --out ab.svg    # several runs in one picture
+    python plot.py log/a* --target_loss 3.28             # and what each needed to reach that loss
+
+Runs that differ only in their seed become one curve: their mean, in a band from the lowest to the
+highest seed.
 """
 
 import io
-import json
 import math
 import textwrap
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from tyro.conf import Positional
 
 from common.cli import advice, run_command
+from common.compare import Group, aligned, grouped, seed_lines, target_lines, target_of
 from common.files import write_atomically
-from common.metrics import METRICS
+from common.metrics import Curves, is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # -----------------------------------------------------------------------------
-# reading a run
+# what to draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,112 +40,23 @@ class PlotConfig:
     runs: Positional[tuple[Path, ...]]  # folders of runs, or their metrics.jsonl
     out: Path | None = None  # .png or .svg file (default: curves.png in the first run's folder)
     x: Literal["steps", "tokens", "hours"] = "steps"  # the horizontal axis
+    target_loss: float | None = None  # print when a run reached it (default: the run's own)
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("no run given: name a folder that holds metrics.jsonl")
         if self.out and self.out.suffix not in (".png", ".svg"):
             raise ValueError(f"{self.out}: give a name that ends in .png or .svg")
+        if self.target_loss is not None and not 0 < self.target_loss < math.inf:
+            raise ValueError(f"target_loss {self.target_loss}: give a number above 0")
 
 
-class Run:
-    """The numbers in a run's metrics.jsonl.
-
-    `about` is the run event, `events` holds all events by name, and `left_out` counts what could
-    not be used. Raises FileNotFoundError if there is no such file.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path / METRICS if path.is_dir() else path
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: no such file: name a run's folder")
-        self.about: dict[str, Any] = {}  # of several run events, the last one counts
-        self.events: dict[str, list[dict]] = {}
-        self.left_out: Counter[str] = Counter()
-        hours, last_time = 0.0, None
-        for line in self.path.read_text("utf-8", "replace").splitlines():
-            try:
-                entry = json.loads(line)
-                event, step, now = entry["event"], entry["step"], entry["time"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                self.left_out["lines that could not be read"] += 1
-                continue
-            if not (isinstance(event, str) and is_number(step) and is_number(now)):
-                self.left_out["lines that could not be read"] += 1
-                continue
-            if event == "run":
-                self.about.update(entry)
-            elif last_time is not None:  # a run event ends a pause, which does not count
-                hours += max(0.0, now - last_time) / 3600
-            last_time = now
-            self.events.setdefault(event, []).append({**entry, "hours": hours})
-        done = [(0, 0)]
-        for entry in self.events.get("train", []):
-            if is_number(entry.get("tokens_seen")):
-                done.append((entry["step"] + 1, entry["tokens_seen"]))
-        self.tokens_done = np.array(sorted(done)).T  # two rows: updates done, tokens seen so far
-
-    def config(self, name: str) -> Any:
-        config = self.about.get("config")
-        return config.get(name) if isinstance(config, dict) else None
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that can change a run's numbers, as its last start recorded them."""
-        known: dict[str, Any] = {}
-        for name in ("config", "model_config"):
-            part = self.about.get(name)
-            known.update(part if isinstance(part, dict) else {})
-        for name in ("device", "world_size", "dtype", "compile", "micro_batch_size"):
-            if name in self.about:
-                known[name] = self.about[name]
-        return {name: value for name, value in known.items() if name not in HOUSEKEEPING}
-
-    def on_fineweb_edu(self) -> bool:
-        """Return whether the data is FineWeb-Edu, by its source or else by its folder's name."""
-        source = self.about.get("data_source")
-        if isinstance(source, str):
-            return "HuggingFaceFW/fineweb-edu" in source
-        return Path(str(self.config("data_dir"))).name == "edu_fineweb10B"
-
-    def position(self, entry: dict, x: str) -> float:
-        """Return where an event lies on the x-axis."""
-        if x == "hours":
-            return entry["hours"]
-        if x == "steps":
-            return entry["step"]
-        return float(np.interp(entry["step"], *self.tokens_done))
-
-    def series(self, event: str, name: str, x: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the positions (n,) and the values (n,) or (n, layers) of an event's `name`."""
-        positions, values = [], []
-        for entry in self.events.get(event, []):
-            value = entry.get(name)
-            numbers = value if isinstance(value, list) and event == "stats" else [value]
-            fits = not values or np.shape(value) == np.shape(values[0])
-            if fits and numbers and all(map(is_number, numbers)):
-                positions.append(self.position(entry, x))
-                values.append(value)
-            elif value is not None or name != "mfu":  # MFU is None if the peak is not known
-                self.left_out[f"{event} lines without a usable {name}"] += 1
-        return np.array(positions), np.array(values)
-
-
-HOUSEKEEPING = {  # settings that do not change the numbers
-    "out_dir", "resume", "checkpoint_every", "keep_checkpoints", "timeout_minutes", "max_skipped",
-    "eval_every", "hellaswag_every", "sample_every", "stats_every", "tensorboard", "wandb",
-}  # fmt: skip
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def labels(runs: list[Run]) -> list[str]:
-    """Return a label for each run: its folder, and the settings in which the runs differ."""
-    names = [run.path.parent.name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run.path.parent) for run in runs]
-    settings = [run.settings() for run in runs]
+def labels(groups: list[Group]) -> list[str]:
+    """Return a label for each curve: its name, what settings differ, its seeds' spread."""
+    settings = [group.runs[0].settings() for group in groups]
+    for known, group in zip(settings, groups, strict=True):
+        if len(group.runs) > 1:
+            known.pop("seed", None)
     recorded = [known for known in settings if known]  # a new or a damaged run has no settings
     differ = [  # only settings that all runs have: an older version did not have every setting
         key
@@ -151,9 +65,10 @@ def labels(runs: list[Run]) -> list[str]:
         and any(known[key] != value for known in recorded)
     ]
     found = []
-    for name, known in zip(names, settings, strict=True):
+    for group, known in zip(groups, settings, strict=True):
         differences = ", ".join(f"{key} {known[key]}" for key in differ if key in known)
-        found.append(f"{name}: {differences}" if differences else name)
+        label = f"{group.name}: {differences}" if differences else group.name
+        found.append(f"{label}\n    {group.spread()}" if len(group.runs) > 1 else label)
     return found
 
 
@@ -191,7 +106,12 @@ def short(number: float) -> str:
 PANELS = (
     Panel("training loss (nats a token)", "train", "loss", smooth=True, log=True),
     Panel("validation loss (nats a token)", "val", "loss", log=True, marker="o"),
-    Panel("HellaSwag, completion style: acc_norm", "hellaswag", "acc_norm", marker="o"),
+    Panel(
+        "HellaSwag, completion style: acc_norm ± its standard error",
+        "hellaswag",
+        "acc_norm",
+        marker="o",
+    ),
     Panel("gradient norm, before clipping", "train", "grad_norm", smooth=True, log=True),
     Panel("learning rate", "train", "lr"),
     Panel("batch size (tokens a step)", "train", "batch_tokens", form=short),
@@ -219,16 +139,37 @@ def smoothed(y: np.ndarray) -> np.ndarray:
 
 
 def draw_series(ax: "Axes", panel: Panel, x: np.ndarray, y: np.ndarray, look: dict) -> None:
+    """Draw values (seeds, n): one seed as it is, several as their mean and their range."""
+    marker = panel.marker or ("o" if len(x) == 1 else "")
     if panel.smooth:
-        # as pixels: as vectors they would be most of an SVG file
-        ax.plot(x, y, **look, linewidth=0.5, alpha=0.35, rasterized=True)
+        if len(y) == 1:
+            # as pixels: as vectors they would be most of an SVG file
+            ax.plot(x, y[0], **look, linewidth=0.5, alpha=0.35, rasterized=True)
         # norms: the geometric mean, because one spike would dominate an arithmetic one
         norms = panel.name == "grad_norm" and (y > 0).all()
-        mean = np.exp(smoothed(np.log(y))) if norms else smoothed(y)
-        ax.plot(x, mean, **look, linewidth=1.8)
-    else:
-        marker = panel.marker or ("o" if len(y) == 1 else "")
-        ax.plot(x, y, **look, linewidth=1.6, marker=marker, markersize=3)
+        y = np.stack([np.exp(smoothed(np.log(row))) if norms else smoothed(row) for row in y])
+        marker = ""
+    width = 1.8 if panel.smooth else 1.6
+    ax.plot(x, y.mean(axis=0), **look, linewidth=width, marker=marker, markersize=3)
+    if len(y) > 1:
+        # the range: it holds every seed, needs no assumption and cannot fall below zero
+        ax.fill_between(x, y.min(axis=0), y.max(axis=0), color=look["color"], alpha=0.2, lw=0)
+
+
+def draw_errors(
+    ax: "Axes", group: Group, axis: str, x: np.ndarray, y: np.ndarray, look: dict
+) -> None:
+    """Add one standard error above and below the mean of HellaSwag accuracies (seeds, n).
+
+    It is the error of one run: all seeds answer the same questions, so more seeds do not lower it.
+    """
+    errors = [run.accuracy_errors(axis) for run in group.runs]
+    there = [np.interp(x, at, error) for at, error in errors if len(at)]
+    if there:
+        ax.errorbar(
+            x, y.mean(axis=0), yerr=np.mean(there, axis=0), fmt="none", ecolor=look["color"],
+            elinewidth=1.0, capsize=2.5, alpha=0.7,
+        )  # fmt: skip
 
 
 def draw_layers(ax: "Axes", x: np.ndarray, y: np.ndarray, look: dict, alone: bool) -> None:
@@ -250,20 +191,21 @@ def draw_layers(ax: "Axes", x: np.ndarray, y: np.ndarray, look: dict, alone: boo
         ax.plot(x, y[:, layer], style, color=colour, linewidth=1.2, label=name, marker=marker, ms=3)
 
 
-def draw_line_at(ax: "Axes", height: float, text: str) -> None:
-    """Draw a horizontal line to compare with, and its name above it."""
+def draw_line_at(ax: "Axes", height: float, text: str, end: str = "right") -> None:
+    """Draw a horizontal line to compare with, and its name above it, at one end."""
     from matplotlib.patheffects import withStroke
 
     ax.axhline(height, color=GREY, linewidth=0.9, linestyle=(0, (5, 3)))
     ax.annotate(
-        text, (1, height), xycoords=("axes fraction", "data"), xytext=(-3, 2),
-        textcoords="offset points", ha="right", va="bottom", fontsize=7.5, color=GREY,
+        text, (float(end == "right"), height), xycoords=("axes fraction", "data"),
+        xytext=(-3 if end == "right" else 3, 2), textcoords="offset points", ha=end, va="bottom",
+        fontsize=7.5, color=GREY,
         path_effects=[withStroke(linewidth=2, foreground="white")],  # readable on top of a curve
     )  # fmt: skip
 
 
-def draw_references(ax: "Axes", panel: Panel, runs: list[Run], x: str, looks: list[dict]) -> None:
-    """Add the lines to compare a panel with, and the steps that were not applied.
+def draw_references(ax: "Axes", panel: Panel, runs: list[Curves], target: float | None) -> None:
+    """Add the lines to compare a panel with.
 
     The published numbers are from build-nanogpt: the validation loss of GPT-2 and the accuracy of
     GPT-3 from its notebook play.ipynb, the accuracy of GPT-2 from a comment in its hellaswag.py
@@ -272,22 +214,26 @@ def draw_references(ax: "Axes", panel: Panel, runs: list[Run], x: str, looks: li
     if panel.name == "acc_norm":
         draw_line_at(ax, 0.2955, "GPT-2 124M: 0.2955")
         draw_line_at(ax, 0.337, "GPT-3 124M: 0.337")
-    elif panel.event == "val" and all(run.on_fineweb_edu() for run in runs if "val" in run.events):
-        draw_line_at(ax, 3.2924, "GPT-2 124M: 3.2924")  # true for this data only
+        ax.margins(y=0.15)  # room for the name of the upper line, below the title
+    elif panel.event == "val":
+        if all(run.on_fineweb_edu() for run in runs if "val" in run.events):
+            draw_line_at(ax, 3.2924, "GPT-2 124M: 3.2924")  # true for this data only
+        for loss in dict.fromkeys(target_of(run, target) for run in runs):
+            if loss is not None:
+                draw_line_at(ax, loss, f"target: {loss:g}", end="left")
     elif panel.event == "stats" and panel.name == "update_ratio":
         draw_line_at(ax, 1e-3, "usual aim: 0.001")
     elif panel.name == "grad_norm" and panel.event == "train":
         for clip in dict.fromkeys(run.config("grad_clip") for run in runs):
             if is_number(clip) and clip > 0:
                 draw_line_at(ax, clip, f"clipped to {clip:g}")
-        draw_skipped(ax, runs, x, looks)
 
 
-def draw_skipped(ax: "Axes", runs: list[Run], x: str, looks: list[dict]) -> None:
+def draw_skipped(ax: "Axes", groups: list[Group], x: str, looks: list[dict]) -> None:
     """Mark the skipped steps at the upper edge: they have no norm that could be drawn."""
-    for run, look in zip(runs, looks, strict=True):
-        if skipped := run.events.get("skip"):
-            at = [run.position(entry, x) for entry in skipped]
+    for group, look in zip(groups, looks, strict=True):
+        at = [run.position(e, x) for run in group.runs for e in run.events.get("skip", [])]
+        if at:
             label = f"{len(at)} skipped step{'s' if len(at) > 1 else ''}"
             ax.plot(
                 at, [0.97] * len(at), "x", color=look["color"], label=label, clip_on=False,
@@ -339,50 +285,68 @@ def grid_cells(n_upper: int, n_lower: int) -> list[tuple[int, slice]]:
     return found
 
 
-def empty_picture(runs: list[Run], looks: list[dict], n_rows: int) -> "Figure":
+def empty_picture(groups: list[Group], looks: list[dict], n_rows: int) -> "Figure":
     """Return a picture that holds only the legend of the runs."""
-    from matplotlib import pyplot as plt
+    # not by pyplot, which would keep every picture in memory
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    names = [textwrap.fill(label, 130, subsequent_indent="    ") for label in labels(runs)]
-    heading = 0.3 + 0.17 * sum(name.count("\n") + 1 for name in names)  # inches
-    figure = plt.figure(figsize=(9, n_rows * 2.1 + heading), layout="constrained")
+    names = [
+        "\n".join(textwrap.fill(line, 130, subsequent_indent="    ") for line in label.split("\n"))
+        for label in labels(groups)
+    ]
+    seeds = any(len(group.runs) > 1 for group in groups)
+    title = "of several seeds: the mean, and a band from the lowest to the highest"
+    heading = 0.3 + 0.17 * (sum(name.count("\n") + 1 for name in names) + seeds)  # inches
+    figure = Figure(figsize=(9, n_rows * 2.1 + heading), layout="constrained")
     figure.legend(
-        handles=[plt.Line2D([], [], **look, linewidth=2.5) for look in looks],
-        labels=names, loc="outside upper left", frameon=False,
+        handles=[Line2D([], [], **look, linewidth=2.5) for look in looks],
+        labels=names, loc="outside upper left", frameon=False, alignment="left",
+        title=title if seeds else None,
     )  # fmt: skip
     return figure
 
 
-def draw(runs: list[Run], x: str) -> tuple["Figure", list[str]]:
+def curve(group: Group, panel: Panel, x: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions (n,) and the values (seeds, n) or (seeds, n, layers) of a panel."""
+    series = [run.series(panel.event, panel.name, x) for run in group.runs]
+    return aligned([(at, y) for at, y in series if len(y)])
+
+
+def draw(runs: list[Curves], x: str, target: float | None = None) -> tuple["Figure", list[str]]:
     """Return the picture of some runs, and the titles of the panels that have no numbers."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"font.size": 8.5, "axes.titlesize": 9.5, "svg.hashsalt": "plot"})
+    groups = grouped(runs)
     looks = [
         {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
-        for i in range(len(runs))
+        for i in range(len(groups))
     ]
     numbers = {
-        panel: [run.series(panel.event, panel.name, x) for run in runs]
-        for panel in PANELS + LAYER_PANELS
+        panel: [curve(group, panel, x) for group in groups] for panel in PANELS + LAYER_PANELS
     }
-    shown = [panel for panel, series in numbers.items() if any(len(y) for _, y in series)]
+    shown = [panel for panel, curves in numbers.items() if any(len(at) for at, _ in curves)]
     lower = [panel for panel in shown if panel in LAYER_PANELS]
     cells = grid_cells(len(shown) - len(lower), len(lower))
     n_rows = 1 + max((row for row, _ in cells), default=0)
-    figure = empty_picture(runs, looks, n_rows)
+    figure = empty_picture(groups, looks, n_rows)
     if not shown:
         figure.text(0.5, 0.4, "no numbers yet", ha="center", color=GREY)
     grid = figure.add_gridspec(n_rows, 6)
     for panel, (row, columns) in zip(shown, cells, strict=True):
         ax = figure.add_subplot(grid[row, columns])
-        for (positions, values), look in zip(numbers[panel], looks, strict=True):
-            if len(values) and panel in lower:
-                draw_layers(ax, positions, values, look, alone=len(runs) == 1)
-            elif len(values):
-                draw_series(ax, panel, positions, values, look)
-        draw_references(ax, panel, runs, x, looks)
+        for group, (at, values), look in zip(groups, numbers[panel], looks, strict=True):
+            if len(at) and panel in lower:
+                draw_layers(ax, at, values.mean(axis=0), look, alone=len(groups) == 1)
+            elif len(at):
+                draw_series(ax, panel, at, values, look)
+                if panel.event == "hellaswag":
+                    draw_errors(ax, group, x, at, values, look)
+        draw_references(ax, panel, runs, target)
+        if panel.name == "grad_norm" and panel.event == "train":
+            draw_skipped(ax, groups, x, looks)
         format_axes(ax, panel, x, positive=all((y > 0).all() for _, y in numbers[panel]))
         handles, names = ax.get_legend_handles_labels()
         if handles and panel not in lower:
@@ -397,11 +361,11 @@ def plot(config: PlotConfig) -> Path:
 
     Raises FileNotFoundError if a run or the picture's folder does not exist.
     """
-    runs = [Run(path) for path in config.runs]
+    runs = [Curves(path) for path in config.runs]
     out = config.out or runs[0].path.parent / "curves.png"
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: no such folder: make it, or give another --out")
-    figure, missing = draw(runs, config.x)
+    figure, missing = draw(runs, config.x, config.target_loss)
     kind = out.suffix[1:]
     picture = io.BytesIO()
     no_date = {"Date": None} if kind == "svg" else {}
@@ -411,6 +375,10 @@ def plot(config: PlotConfig) -> Path:
     for run in runs:
         for what, count in run.left_out.items():
             print(f"{run.path}: left out: {count} {what}")
+    groups = grouped(runs)
+    lines = [line for group in groups for line in target_lines(group, config.target_loss)]
+    for line in (*seed_lines(groups), *lines):
+        print(line)
     if missing:
         print(f"no numbers for: {', '.join(missing)}")
     print(out)

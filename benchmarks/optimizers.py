@@ -4,15 +4,15 @@ Compare AdamW and Muon, each at its best learning rate, on the text of --source 
     python benchmarks/optimizers.py 4x128 log/optimizers     # on bytes, 400 steps of 4,096
     python benchmarks/optimizers.py tiny log/optimizers      # the demo: --preset tiny, GPT-2 tokens
 
-It runs train_gpt2.py for every optimizer and rate, with the same data in the same order. It does
-not repeat finished runs. plot.py can draw the runs.
+It runs train_gpt2.py for every optimizer and rate, with the same data in the same order, and then
+the best rate of each with several seeds. It prints how the final losses differ, and how many tokens
+Muon needs for AdamW's mean final loss, with 95% intervals. It does not repeat finished runs.
+plot.py can draw the runs.
 """
 
 import argparse
-import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +21,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from common.compare import grouped, interval, seed_lines  # noqa: E402
 from common.corpus import read_pydocs  # noqa: E402
+from common.metrics import Curves  # noqa: E402
+from common.significance import summary  # noqa: E402
 
 RATES = (2e-3, 4e-3, 8e-3, 16e-3)  # continued below or above, until the best is between others
 
@@ -38,8 +41,8 @@ def make_data(folder: Path) -> None:
     np.save(folder / "bytes_train_000001.npy", tokens[cut:].astype(np.uint16))
 
 
-def run(folder: Path, size: str, optimizer: str, rate: float, schedule: str, seed: int) -> Path:
-    """Train one model, or continue its run; return its folder."""
+def train(folder: Path, size: str, optimizer: str, rate: float, schedule: str, seed: int) -> Curves:
+    """Train one model, or continue its run; return its numbers."""
     out_dir = folder / f"{size}-{optimizer}-{rate:g}-{schedule}-{seed}"
     settings = {
         "out_dir": out_dir, "optimizer": optimizer, "max_lr": rate, "schedule": schedule,
@@ -59,34 +62,42 @@ def run(folder: Path, size: str, optimizer: str, rate: float, schedule: str, see
     flags = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, str(ROOT / "train_gpt2.py"), "--resume", *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return out_dir
+    return Curves(out_dir)
 
 
-def curve(out_dir: Path) -> list[tuple[int, float]]:
-    """Return the points (updates, validation loss) of a run."""
-    events = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
-    return [(e["step"], e["loss"]) for e in events if e["event"] == "val"]
+def final_loss(run: Curves) -> float:
+    return list(run.validation_losses().values())[-1]
 
 
-def step_time(out_dir: Path) -> float:
-    """Return the median time of a step in seconds."""
-    events = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
-    return statistics.median(e["dt"] for e in events if e["event"] == "train")
+def compare(size: str, adamw: list[Curves], muon: list[Curves]) -> None:
+    """Print Welch's test of the final losses, and Muon's tokens to AdamW's mean final loss.
 
-
-def steps_to(points: list[tuple[int, float]], loss: float) -> float | None:
-    """Return the updates that a curve, interpolated between its points, needs to reach `loss`."""
-    for (a, high), (b, low) in itertools.pairwise(points):
-        if low <= loss:
-            return a + (b - a) * (high - loss) / (high - low)
-    return None
+    The interval of the tokens is that of Muon's seeds: AdamW's mean counts as exact.
+    """
+    for line in seed_lines(grouped([*adamw, *muon])):
+        print(line)
+    # The tokens of a crossing: Muon keeps the schedule of its whole run, which is not over there.
+    target = summary([final_loss(run) for run in adamw]).mean
+    budget = summary([run.tokens_at(max(run.validation_losses())) for run in adamw]).mean
+    crossings = [run.crossing(target) for run in muon]
+    if None in crossings:
+        reached = len(crossings) - crossings.count(None)
+        print(f"{size}: {reached} of {len(muon)} seeds of Muon reach AdamW's {target:.4f}")
+        return
+    found = summary([crossing.tokens / budget for crossing in crossings])
+    print(
+        f"{size}: tokens to the same loss: Muon reaches AdamW's {target:.4f} with {found.mean:.3f} "
+        f"of AdamW's {budget:,.0f} tokens, 95% interval {interval(found, '.3f')}, n = {found.n}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("size", help="layers x width (4x128), or tiny")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=1, help="more seeds after 1337, at best rates")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="runs of each best rate, with seeds from 1337"
+    )
     args = parser.parse_args()
     os.chdir(ROOT)
     if args.size == "tiny":
@@ -98,28 +109,25 @@ def main() -> None:
         rates, losses = list(RATES), {}
         while rates:
             rate = rates.pop(0)
-            out_dir = run(args.folder, args.size, optimizer, rate, "cosine", 1337)
-            losses[rate] = curve(out_dir)[-1][1]
-            ms = step_time(out_dir) * 1e3
+            run = train(args.folder, args.size, optimizer, rate, "cosine", 1337)
+            losses[rate] = final_loss(run)
+            ms = np.median(run.series("train", "dt", "steps")[1]) * 1e3
             print(f"{args.size} {optimizer} {rate:g}: {losses[rate]:.4f}, {ms:.0f} ms", flush=True)
             low = min(losses, key=losses.get)
             if not rates and low in (min(losses), max(losses)):
                 rates = [low / 2 if low == min(losses) else low * 2]
-        best[optimizer] = losses[low], low
-    for optimizer, (_, rate) in list(best.items()):
-        out_dir = run(args.folder, args.size, optimizer, rate, "linear", 1337)
-        print(f"{args.size} {optimizer} {rate:g} linear: {curve(out_dir)[-1][1]:.4f}", flush=True)
-        seeds = range(1337, 1338 + args.seeds)
-        dirs = [run(args.folder, args.size, optimizer, rate, "cosine", seed) for seed in seeds]
-        ends = [curve(path)[-1][1] for path in dirs]
-        spread = f"{min(ends):.4f} to {max(ends):.4f}"
-        print(f"{args.size} {optimizer} {rate:g}, seeds {list(seeds)}: {spread}", flush=True)
-        best[optimizer] = statistics.mean(ends), dirs
-    # Muon's steps to AdamW's final loss. Each keeps the schedule of its whole run.
-    target = best["adamw"][0]
-    needed = [steps_to(curve(path), target) for path in best["muon"][1]]
-    steps = curve(best["adamw"][1][0])[-1][0]
-    print(f"{args.size}: Muon reaches AdamW's {target:.4f} after {needed} of {steps} steps")
+        best[optimizer] = low
+    runs = {}
+    for optimizer, rate in best.items():
+        run = train(args.folder, args.size, optimizer, rate, "linear", 1337)
+        print(f"{args.size} {optimizer} {rate:g} linear: {final_loss(run):.4f}", flush=True)
+        runs[optimizer] = [
+            train(args.folder, args.size, optimizer, rate, "cosine", seed)
+            for seed in range(1337, 1337 + args.seeds)
+        ]
+        ends = ", ".join(f"{final_loss(run):.4f}" for run in runs[optimizer])
+        print(f"{args.size} {optimizer} {rate:g}, seeds from 1337: {ends}", flush=True)
+    compare(args.size, **runs)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 
 from common.checkpoint import write_checkpoint
 from common.cli import plain
+from common.runlog import METRICS
 from train_gpt2 import GPT, GPTConfig, TrainConfig, train
 
 torch.set_num_threads(1)  # models this small are slower with several threads
@@ -118,6 +119,31 @@ def run_train(data_dir: Path, out_dir: Path, **changes) -> list[dict]:
 def read_metrics(out_dir: Path, *events: str) -> list[dict]:
     lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if not events or line["event"] in events]
+
+
+def write_run(
+    folder: Path,
+    source: str = "local",
+    steps: int = 10,
+    val: tuple[float, float] = (10.0, 3.0),  # before the first step and after the last
+    hellaswag: Sequence[tuple] = (),  # of (step, acc_norm, n)
+    **config,
+) -> Path:
+    """Write metrics.jsonl of a short run by hand; a step takes 36 seconds, 30 of them to train."""
+    folder.mkdir(parents=True)
+    config = {"data_dir": "x", "grad_clip": 1.0, "max_lr": 1e-3, **config}
+    lines = [{"event": "run", "step": 0, "time": 0, "config": config, "data_source": source}]
+    lines.append({"event": "val", "step": 0, "time": 0, "loss": val[0]})
+    for i in range(steps):
+        train = {"event": "train", "step": i, "time": 36 * (i + 1), "loss": 9.0 - i, "lr": 1e-3}
+        train |= {"grad_norm": 1.5, "batch_tokens": 100, "tokens_seen": 100 * (i + 1), "mfu": None}
+        lines.append({**train, "tokens_per_sec": 50.0, "dt": 30.0})
+    for step, acc_norm, n in hellaswag:
+        score = {"event": "hellaswag", "step": step, "time": 36 * steps, "acc_norm": acc_norm}
+        lines.append({**score, "n": n})
+    lines.append({"event": "val", "step": steps, "time": 36 * steps, "loss": val[1]})
+    (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
 
 
 def losses(metrics: list[dict]) -> list[tuple]:

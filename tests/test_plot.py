@@ -1,30 +1,15 @@
-"""plot.py: the numbers that it reads, the picture that it draws, and what it leaves out."""
+"""plot.py: the picture that it draws, what it prints, and what it leaves out."""
 
 import errno
-import json
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_run
 
 import plot
-
-
-def write_run(folder: Path, source: str = "local", steps: int = 10, **config) -> Path:
-    """Write the numbers of a short run by hand; one step takes 36 seconds and 100 tokens."""
-    folder.mkdir(parents=True)
-    config = {"data_dir": "x", "grad_clip": 1.0, "max_lr": 1e-3, **config}
-    lines = [{"event": "run", "step": 0, "time": 0, "config": config, "data_source": source}]
-    lines.append({"event": "val", "step": 0, "time": 0, "loss": 10.0})
-    for i in range(steps):
-        train = {"event": "train", "step": i, "time": 36 * (i + 1), "loss": 9.0 - i, "lr": 1e-3}
-        train |= {"grad_norm": 1.5, "batch_tokens": 100, "tokens_seen": 100 * (i + 1), "mfu": None}
-        lines.append({**train, "tokens_per_sec": 50.0})
-    lines.append({"event": "val", "step": steps, "time": 36 * steps, "loss": 3.0})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+from common.compare import grouped
 
 
 def texts(figure) -> str:
@@ -35,19 +20,7 @@ def texts(figure) -> str:
 
 
 # -----------------------------------------------------------------------------
-# reading
-
-
-def test_the_axis_is_steps_tokens_or_hours_and_a_pause_does_not_count(tmp_path):
-    folder = write_run(tmp_path / "a")
-    with open(folder / "metrics.jsonl", "a") as file:  # stopped for a day, then resumed
-        print(json.dumps({"event": "run", "step": 10, "time": 90_000, "config": {}}), file=file)
-        print(json.dumps({"event": "val", "step": 12, "time": 90_036, "loss": 2.0}), file=file)
-    run = plot.Run(folder)
-    assert run.series("val", "loss", "steps")[0].tolist() == [0, 10, 12]
-    assert run.series("val", "loss", "tokens")[0].tolist() == [0, 1000, 1000]
-    assert run.series("val", "loss", "hours")[0] == pytest.approx([0, 0.1, 0.11])
-    assert run.series("train", "loss", "steps")[1].tolist() == [9.0 - i for i in range(10)]
+# damaged files
 
 
 @pytest.mark.parametrize(
@@ -67,17 +40,7 @@ def test_damaged_lines_are_left_out_and_counted(tmp_path, capsys, damage):
     out = plot.plot(plot.PlotConfig(runs=(folder,)))
     assert "left out: " in capsys.readouterr().out
     assert out == folder / "curves.png" and out.read_bytes().startswith(b"\x89PNG")
-    assert len(plot.Run(folder).series("val", "loss", "steps")[0]) == 2
-
-
-def test_values_that_are_not_numbers_are_left_out(tmp_path):
-    folder = write_run(tmp_path / "a")
-    with open(folder / "metrics.jsonl", "a") as file:
-        print('{"event": "val", "step": 11, "time": 400, "loss": NaN}', file=file)
-        print('{"event": "val", "step": 12, "time": 400, "loss": "low"}', file=file)
-    run = plot.Run(folder)
-    assert len(run.series("val", "loss", "steps")[0]) == 2
-    assert run.left_out["val lines without a usable loss"] == 2
+    assert len(plot.Curves(folder).series("val", "loss", "steps")[0]) == 2
 
 
 # -----------------------------------------------------------------------------
@@ -97,6 +60,7 @@ def test_an_empty_run_gives_a_picture_that_says_so(tmp_path, capsys):
         (("nowhere",), "nowhere: no such file"),
         (("run", "--out", "a.pdf"), "a.pdf: give a name that ends in .png or .svg"),
         (("run", "--out", "none/a.png"), "none: no such folder"),
+        (("run", "--target_loss", "-1"), "target_loss -1.0: give a number above 0"),
         ((), "no run given: name a folder"),
     ],
 )
@@ -132,29 +96,30 @@ def test_a_full_disk_is_one_line_and_keeps_the_earlier_picture(tmp_path, monkeyp
 
 
 def test_the_loss_of_gpt2_is_drawn_only_if_every_run_is_on_fineweb_edu(tmp_path):
-    edu = plot.Run(write_run(tmp_path / "a", "hub HuggingFaceFW/fineweb-edu sample-10BT train"))
-    other = plot.Run(write_run(tmp_path / "b"))
+    edu = plot.Curves(write_run(tmp_path / "a", "hub HuggingFaceFW/fineweb-edu sample-10BT train"))
+    other = plot.Curves(write_run(tmp_path / "b"))
     assert "GPT-2 124M: 3.2924" in texts(plot.draw([edu], "steps")[0])
     assert "3.2924" not in texts(plot.draw([other], "steps")[0])
     assert "3.2924" not in texts(plot.draw([edu, other], "steps")[0])
 
 
 def test_the_legend_names_the_settings_that_differ(tmp_path):
-    a = plot.Run(write_run(tmp_path / "a", max_lr=1e-3, out_dir="a"))
-    b = plot.Run(write_run(tmp_path / "b", max_lr=2e-3, out_dir="b"))
-    assert plot.labels([a, b]) == ["a: max_lr 0.001", "b: max_lr 0.002"]
-    assert plot.labels([a]) == ["a"]
+    a = plot.Curves(write_run(tmp_path / "a", max_lr=1e-3, out_dir="a"))
+    b = plot.Curves(write_run(tmp_path / "b", max_lr=2e-3, out_dir="b"))
+    assert plot.labels(grouped([a, b])) == ["a: max_lr 0.001", "b: max_lr 0.002"]
+    assert plot.labels(grouped([a])) == ["a"]
 
 
 def test_the_legend_leaves_out_a_setting_that_an_older_run_did_not_have(tmp_path):
-    new = plot.Run(write_run(tmp_path / "new", optimizer="muon"))
-    assert plot.labels([plot.Run(write_run(tmp_path / "old")), new]) == ["old", "new"]
+    new = plot.Curves(write_run(tmp_path / "new", optimizer="muon"))
+    old = plot.Curves(write_run(tmp_path / "old"))
+    assert plot.labels(grouped([old, new])) == ["old", "new"]
 
 
 def test_long_legends_stay_inside_the_picture_and_axes_have_plain_numbers(tmp_path):
     names = [f"a_setting_of_this_name_{i}" for i in range(12)]
     runs = [
-        plot.Run(write_run(tmp_path / str(value), **dict.fromkeys(names, value)))
+        plot.Curves(write_run(tmp_path / str(value), **dict.fromkeys(names, value)))
         for value in (1, 2)
     ]
     figure, _ = plot.draw(runs, "steps")
@@ -170,12 +135,12 @@ def test_skipped_steps_and_the_clip_line_are_marked(tmp_path):
     folder = write_run(tmp_path / "a", grad_clip=0.7)
     with open(folder / "metrics.jsonl", "a") as file:
         print('{"event": "skip", "step": 10, "time": 400, "why": "nan"}', file=file)
-    shown = texts(plot.draw([plot.Run(folder)], "steps")[0])
+    shown = texts(plot.draw([plot.Curves(folder)], "steps")[0])
     assert "1 skipped step" in shown and "clipped to 0.7" in shown
 
 
 def test_layers_are_lines_for_one_run_and_a_range_for_several(tmp_path):
-    runs = [plot.Run(write_run(tmp_path / name)) for name in "ab"]
+    runs = [plot.Curves(write_run(tmp_path / name)) for name in "ab"]
     for run in runs:
         run.events["stats"] = [
             {"step": step, "hours": 0, "update_ratio": [1e-3, 2e-3, 3e-3, 4e-3]} for step in (0, 4)
@@ -187,6 +152,95 @@ def test_layers_are_lines_for_one_run_and_a_range_for_several(tmp_path):
     assert len(figure.axes[-1].lines) == 5, "four layers and the usual aim"
     axes = plot.draw(runs, "steps")[0].axes[-1]
     assert len(axes.lines) == 3 and len(axes.collections) == 2, "two medians, two ranges"
+
+
+def test_seeds_become_their_mean_and_a_band_and_other_settings_a_curve_of_their_own(tmp_path):
+    losses = ((9.0, 3.0), (9.2, 3.4), (9.4, 3.8))
+    runs = [
+        plot.Curves(write_run(tmp_path / f"a{i}", val=loss, seed=i))
+        for i, loss in enumerate(losses)
+    ]
+    runs.append(plot.Curves(write_run(tmp_path / "b", val=(8.0, 2.0), seed=7, max_lr=1.0)))
+    figure, _ = plot.draw(runs, "steps")
+    for title in ("training loss", "validation loss"):
+        (ax,) = [ax for ax in figure.axes if ax.get_title(loc="left").startswith(title)]
+        assert len(ax.collections) == 1, "the band"
+    mean, alone = ax.lines
+    assert mean.get_ydata() == pytest.approx([9.2, 3.4]) and list(alone.get_ydata()) == [8, 2]
+    band = ax.collections[0].get_paths()[0].vertices
+    assert {(0, 9.0), (0, 9.4), (10, 3.0), (10, 3.8)} <= {tuple(point) for point in band}
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend[0].startswith("a0 and 2 more seeds: max_lr 0.001\n")
+    # deviation 0.4, t_0.975(2) = 4.302653
+    spread = "n = 3, validation loss at step 10: mean 3.4000, standard deviation 0.4000"
+    assert f"{spread}, 95% interval 2.4063 to 4.3937" in legend[0]
+    assert legend[1] == "b: max_lr 1.0"
+    assert "a band from the lowest to the highest" in texts(figure)
+
+
+def test_the_band_of_a_noisy_panel_is_that_of_the_smoothed_curves(tmp_path):
+    runs = [plot.Curves(write_run(tmp_path / str(i), steps=400, seed=i)) for i in range(2)]
+    for run in runs:
+        noise = np.random.default_rng(run.config("seed"))
+        for entry in run.events["train"]:
+            entry["loss"] = 5 + noise.normal()
+    ax = plot.draw(runs, "steps")[0].axes[0]
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert np.ptp(band) < 3, "the noise itself spans about 6"
+
+
+def test_hellaswag_has_one_standard_error_above_and_below_each_point(tmp_path):
+    def bars(runs):
+        figure, _ = plot.draw(runs, "steps")
+        (ax,) = [ax for ax in figure.axes if "HellaSwag" in ax.get_title(loc="left")]
+        (lines,) = [c for c in ax.collections if hasattr(c, "get_segments")]
+        return [list(segment[:, 1]) for segment in lines.get_segments()]
+
+    scores = [(0, 0.25, 10042), (10, 0.30, 10042)]
+    run = plot.Curves(write_run(tmp_path / "a", hellaswag=scores, seed=1))
+    error = 0.0045730  # sqrt(0.3 * 0.7 / 10041)
+    assert bars([run])[1] == pytest.approx([0.30 - error, 0.30 + error], abs=1e-6)
+    other = plot.Curves(write_run(tmp_path / "b", hellaswag=scores, seed=2))
+    assert bars([run, other])[1] == pytest.approx([0.30 - error, 0.30 + error], abs=1e-6), (
+        "the same questions: a second seed does not halve the error"
+    )
+    few = plot.Curves(write_run(tmp_path / "c", hellaswag=[(0, 1.0, 1), (10, 7, None)]))
+    figure, _ = plot.draw([few], "steps")
+    figure.draw_without_rendering()
+
+
+def test_the_target_is_drawn_and_its_crossing_is_printed(tmp_path, capsys):
+    own = write_run(tmp_path / "own", val=(10.0, 3.0), target_loss=6.5)
+    none = write_run(tmp_path / "none", val=(10.0, 3.0))
+    out = plot.plot(plot.PlotConfig(runs=(own, none), out=tmp_path / "a.svg"))
+    lines, picture = capsys.readouterr().out.splitlines(), out.read_bytes()
+    assert lines[0] == "own: reached loss 6.5 after 500 tokens, 5.0 steps, 150.0 training seconds"
+    assert not any(line.startswith("none: ") for line in lines)
+    # a target that is given counts for every run
+    plot.plot(plot.PlotConfig(runs=(own, none), out=out, target_loss=2.0))
+    lines = capsys.readouterr().out.splitlines()
+    for line, name in zip(lines, ("own", "none"), strict=False):
+        assert line == f"{name}: did not reach loss 2; its best is 3.0000, at step 10"
+    assert out.read_bytes() != picture
+    run = plot.Curves(own)
+    assert "target: 6.5" in texts(plot.draw([run], "steps")[0])
+    shown = texts(plot.draw([run], "steps", 2.0)[0])
+    assert "target: 2" in shown and "6.5" not in shown
+
+
+def test_the_test_of_two_groups_is_printed_and_a_damaged_seed_is_named(tmp_path, capsys):
+    folders = [
+        write_run(tmp_path / f"{rate}-{seed}", val=(9, rate + seed / 10), seed=seed, max_lr=rate)
+        for rate in (1, 2)
+        for seed in range(3)
+    ]
+    text = (folders[0] / "metrics.jsonl").read_text()
+    (folders[0] / "metrics.jsonl").write_text(text[:-20])  # the last validation is cut off
+    plot.plot(plot.PlotConfig(runs=tuple(folders), out=tmp_path / "a.svg"))
+    out = capsys.readouterr().out
+    assert "1-0 and 2 more seeds: 1-1 went on after step 0, the last that all have" in out
+    assert "1-0 and 2 more seeds against 2-0 and 2 more seeds: " in out
+    assert "(at different steps, 0 and 10)" in out and "two-sided p = " in out
 
 
 @pytest.mark.parametrize(
