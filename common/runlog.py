@@ -148,6 +148,8 @@ class RunLog:
                 "train", step, loss=result.loss, grad_norm=result.grad_norm, **values,
                 batch_tokens=batch_tokens, tokens_seen=tokens_seen, data_wait=result.data_wait,
             )  # fmt: skip
+            if result.stop and self.file is not None:
+                self.console.say_held()  # a signal: it was the last step
             return
         windows = [(tokens_seen - batch_tokens) // T, tokens_seen // T]  # to look at
         why = f"loss {result.loss}, gradient norm {result.grad_norm}"
@@ -247,16 +249,20 @@ class Console:
         self.step_time = 0.0  # seconds, smoothed
         self.printed = -math.inf  # when the last training line was printed
         self.held = ""  # the training line that came too soon after it
+        self.target: float | None = None  # validation loss that ends the run
         self.bar: Any = None  # the status line, from the first step on
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
         """Print an event's line and bring the status line up to date."""
         if event == "run":
             self.budget = values["config"]["max_steps"] * values["config"]["total_batch_size"]
+            self.target = values["config"].get("target_loss")
         elif event == "train":
             self.step_time = smoothed(self.step_time, values["dt"])
         elif event == "val":
             self.best_loss = min(self.best_loss, values["loss"])
+            if self.target is not None and values["loss"] <= self.target:
+                self.say_held()  # it was the last step
         line = self.line(event, step, values)
         if event == "train":
             # A line a second is as much as anybody reads. The first and the last step have theirs.
@@ -265,8 +271,6 @@ class Console:
                 self.held, line = line, ""
             else:
                 self.held, self.printed = "", time.monotonic()
-        elif event in ("checkpoint", "end"):  # perhaps there is no further step
-            self.say_held()
         if line:
             self.say(line)
         if event == "train" and self.on_terminal:

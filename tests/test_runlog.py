@@ -325,6 +325,7 @@ def test_a_sample_that_the_console_cannot_print_does_not_end_a_run(
 def test_short_steps_print_a_line_a_second_and_the_first_and_last_step_always(
     tmp_path, monkeypatch, capsys, on_terminal
 ):
+    monkeypatch.setitem(ABOUT["config"], "target_loss", 2.0)
     log = start_log(tmp_path, monkeypatch, on_terminal)
     now = itertools.count(100, 0.3)
     monkeypatch.setattr(runlog.time, "monotonic", lambda: next(now))
@@ -339,14 +340,21 @@ def test_short_steps_print_a_line_a_second_and_the_first_and_last_step_always(
     first = shown()
     assert first[0] == 0 and 3 <= len(first) <= 4 and first[-1] < 11, "0.3 s apart"
     log.write("checkpoint", 12, path="log/c.pt")
-    assert shown() == [11], "the run may end here"
+    log.write("val", 12, loss=2.1)
+    assert not shown()
+    log.write("val", 12, loss=2.0)
+    assert shown() == [11], "the target ends the run"
+    result = SimpleNamespace(applied=True, stop=True, loss=5.0, grad_norm=1.0, data_wait=0.0)
+    for step in 12, 13:
+        log.write_step(step, result, 1000, 1000, 10, lr=1.0, dt=1.0)
+    assert shown() == [12, 13], "a signal ends the run"
     log.write("train", 38, **{**STEP, "tokens_seen": 39_000})
     log.write("train", 39, **{**STEP, "tokens_seen": 40_000})
     assert shown()[-1] == 39, "the last step of the budget"
     log.write("train", 39, **{**STEP, "tokens_seen": 39_500})
     log.close()
     assert shown() == [39], "after an error nothing follows"
-    assert len(read_metrics(tmp_path, "train")) == 15
+    assert len(read_metrics(tmp_path, "train")) == 17
 
 
 def test_a_step_that_takes_longer_than_a_second_has_its_line(tmp_path, monkeypatch, capsys):
