@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -207,3 +208,18 @@ def test_hellaswag_uses_one_copy_of_its_classes(small_model, tmp_path):
     (classes,) = classes_in_use(tmp_path, "hellaswag.py", *args)
     assert {"__main__.Question", "train_gpt2.GPT"} <= set(classes)
     assert not twice(classes)
+
+
+def test_uv_finds_the_packages_of_requirements_txt(tmp_path):
+    """What uv does first: it asks setuptools, by pyproject.toml, what the project requires."""
+    for name in ("pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    build = "from setuptools.build_meta import prepare_metadata_for_build_wheel as p; p('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    text = next(tmp_path.glob("*.dist-info/METADATA")).read_text()
+    found = [line.split(": ")[1] for line in text.splitlines() if line.startswith("Requires-Dist")]
+
+    def packages(lines: list[str]) -> list[str]:
+        return sorted(line.split(";")[0].strip() for line in lines if line)
+
+    assert packages(found) == packages((ROOT / "requirements.txt").read_text().splitlines())
