@@ -792,7 +792,7 @@ def open_windows(config: TrainConfig, T: int, vocab_size: int) -> tuple[Windows,
 
 
 def prepare(config: TrainConfig, machine: Machine) -> Run:
-    """Return a new run, or the run of the newest checkpoint with --resume.
+    """Return a new run, the run of the newest checkpoint with --resume, or a branch of another one.
 
     Raises ValueError or FileNotFoundError for what the user has to correct.
     """
