@@ -9,11 +9,11 @@ install: .venv/.run
 
 demo: .venv/.run
 	$(BIN)/python fineweb.py --source pydocs
-	$(BIN)/python train_gpt2.py --preset tiny --optimizer muon --data_dir data/pydocs --out_dir log/demo --eval_every 350 --resume
+	$(BIN)/python train_gpt2.py --preset tiny --optimizer muon --data_dir data/pydocs --out_dir log/demo --eval_every 190 --resume
 	$(BIN)/python plot.py log/demo
 	@echo
 	@echo "Trained. Let it write, from a prompt of your own:"
-	@echo "  .venv/bin/python sample.py --model log/demo/hf --prompt 'Return the number of'"
+	@echo "  .venv/bin/python sample.py --model log/demo/hf --prompt 'This function'"
 	@echo "or train on your own text:"
 	@echo "  .venv/bin/python fineweb.py --source texts/*.txt --out_dir data/mine"
 	@echo "  .venv/bin/python train_gpt2.py --preset tiny --data_dir data/mine --out_dir log/mine"

@@ -63,10 +63,11 @@ class Preset(NamedTuple):
     total_batch_size: int  # tokens a step
     micro_batch_size: int = 8  # rows, if GPU memory cannot be probed
     max_steps: int = 19073  # 10B tokens at half a million a step
+    muon_max_lr: float | None = None  # max_lr with --optimizer muon, where it was measured
 
 
 PRESETS = {  # sizes of GPT-2 and GPT-3, rates and batches of GPT-3 (its paper, table 2.1)
-    "tiny": Preset(4, 128, 4, 128, 4e-3, 512, 4, 700),
+    "tiny": Preset(4, 128, 4, 128, 4e-3, 1024, 8, 380, muon_max_lr=8e-3),
     "gpt2": Preset(12, 768, 12, 1024, 6e-4, 524288),
     "gpt2-medium": Preset(24, 1024, 16, 1024, 3e-4, 524288),
     "gpt2-large": Preset(36, 1280, 20, 1024, 2.5e-4, 524288),
@@ -180,7 +181,8 @@ class TrainConfig:
         fill = {"total_batch_size": preset.total_batch_size, "max_steps": preset.max_steps}
         if self.init_from is None:
             fill |= {name: getattr(preset, name, 50257) for name in MODEL_FIELDS}
-        fill["max_lr"] = preset.max_lr if self.init_from is None else preset.max_lr / 10
+        max_lr = (self.optimizer == "muon" and preset.muon_max_lr) or preset.max_lr
+        fill["max_lr"] = max_lr if self.init_from is None else max_lr / 10
         for name, value in fill.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the class is frozen

@@ -805,6 +805,15 @@ def test_impossible_settings_are_refused_with_what_to_give(wrong):
         TrainConfig(**wrong)
 
 
+def test_a_preset_may_have_another_rate_for_muon():
+    adamw, muon = PRESETS["tiny"].max_lr, PRESETS["tiny"].muon_max_lr
+    assert TrainConfig(preset="tiny").max_lr == adamw != muon
+    assert TrainConfig(preset="tiny", optimizer="muon").max_lr == muon
+    assert TrainConfig(preset="tiny", optimizer="muon", max_lr=adamw).max_lr == adamw
+    assert TrainConfig(preset="tiny", optimizer="muon", init_from="gpt2").max_lr == muon / 10
+    assert TrainConfig(optimizer="muon").max_lr == PRESETS["gpt2"].max_lr  # none was measured
+
+
 def test_the_configuration_fills_in_the_preset_once():
     config = TrainConfig(preset="gpt2-medium", n_layer=3)
     assert (config.n_layer, config.n_embd, config.max_lr) == (3, 1024, 3e-4)
