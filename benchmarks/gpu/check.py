@@ -159,7 +159,7 @@ def together(check: Check, data: str, jobs: int) -> None:
 
     def demo() -> None:
         check.run("fineweb.py", f"fineweb.py --source pydocs --out_dir {out / 'pydocs'}")
-        words = f"--data_dir {out / 'pydocs'} --out_dir {out / 'tiny'} --eval_every 350"
+        words = f"--data_dir {out / 'pydocs'} --out_dir {out / 'tiny'} --eval_every 190"
         check.run("tiny", f"train_gpt2.py --preset tiny --optimizer muon {words}")
         check.note("tiny", speed(out / "tiny"))
 
