@@ -3,7 +3,7 @@ Text to token shards, with the GPT-2 BPE:
 
     python fineweb.py                                FineWeb-Edu, 10 billion tokens, from the hub
     python fineweb.py --source corpus/*.parquet      your files (docs/inputs.md lists the formats)
-    python fineweb.py --source pydocs                prose in docstrings of installed Python packages
+    python fineweb.py --source pydocs                the prose in installed Python packages
     python fineweb.py --verify --out_dir DIR         check the shards in a folder
 
 The source is cut into units: some rows of parquet, a range of lines, or a part of a text. Each

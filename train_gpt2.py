@@ -194,8 +194,8 @@ class TrainConfig:
         if self.warmup_tokens > self.budget or max(betas) >= 1 or self.decay_fraction > 1:
             what = "--warmup_steps up to max_steps, --decay_fraction up to 1"
             raise ValueError(f"give {what}, betas and momentum below 1")
-        if self.branch_from and self.init_from:
-            raise ValueError("give --branch_from or --init_from: each of them brings the weights")
+        if self.target_loss is not None and not (self.target_loss and self.eval_every):
+            raise ValueError("give --target_loss above 0, and --eval_every, which looks for it")
         if self.batch_ramp_tokens and self.total_batch_size % self.batch_ramp_start:
             raise ValueError(
                 f"batch_ramp_start {self.batch_ramp_start} does not divide total_batch_size "
@@ -927,7 +927,7 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
         if due("val"):
             loss = validation_loss(model, run.val_windows, n_val, B, machine)  # same windows always
             log.write("val", run.step, loss=loss, bpb=loss * per_byte or None)
-            run.on_target = config.target_loss is not None and loss <= config.target_loss
+            run.on_target |= config.target_loss is not None and loss <= config.target_loss
 
         # once in a while: does it know how a story continues? (25% is guessing)
         if due("hellaswag"):

@@ -107,9 +107,10 @@ def restore_run(run: Any, state: dict[str, Any]) -> None:
         raise ValueError(f"{what}: give {more}")
     branch = f", as a branch of {run.trunk}" if run.trunk else ""
     run.notes.append(f"continuing after step {run.step}{branch}")
-    before, now = state["train_config"]["max_steps"], run.config.max_steps
-    if before != now and run.trunk is None:
-        run.notes.append(f"max_steps was {before}, is now {now}: the learning rates change")
+    # a resumed run may have another length, a branch another schedule too
+    names = ("max_steps", *(SAME_IN_ONE_RUN if run.trunk else ()))
+    if changed := differences(state["train_config"], plain(run.config), names):
+        run.notes.append(f"changed: {'; '.join(changed)}")
 
 
 def checkpoint_paths(out_dir: Path) -> list[Path]:
@@ -313,6 +314,15 @@ SAME_IN_ONE_RUN = (
 )  # fmt: skip
 
 
+def differences(before: dict[str, Any], now: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Return in words which of the settings differ; what `before` does not know counts as equal."""
+    return [
+        f"{name} was {before[name]}, is now {now[name]}"
+        for name in names
+        if name in before and before[name] != now[name]
+    ]
+
+
 OTHER_RUN = (
     "give another --out_dir: there, --branch_from goes on from a checkpoint with another schedule "
     "or budget, and --init_from takes over the weights alone"
@@ -327,14 +337,11 @@ def check_same_run(
     `train_config` holds this run's settings (None: not given), `data` the fingerprint of its data.
     A setting that the checkpoint does not know, because it is older, counts as equal.
     """
-    names = SAME_IN_A_BRANCH if branch else SAME_IN_ONE_RUN
-    before = state["train_config"]
-    pairs = {name: (before[name], train_config[name]) for name in names if name in before}
-    for name, value in state["model_config"].items():
-        if train_config.get(name) is not None:
-            pairs[name] = (value, train_config[name])
-    pairs["data"] = (state["data"], data)
-    differ = [f"{name} was {a}, is now {b}" for name, (a, b) in pairs.items() if a != b]
+    names, sizes = SAME_IN_A_BRANCH if branch else SAME_IN_ONE_RUN, state["model_config"]
+    given = [name for name in sizes if train_config.get(name) is not None]
+    differ = differences(state["train_config"], train_config, names)
+    differ += differences(sizes, train_config, given)
+    differ += differences({"data": state["data"]}, {"data": data}, ["data"])
     if differ:
         what = "a branch cannot change" if branch else "the checkpoint belongs to another run"
         raise ValueError(f"{what} ({'; '.join(differ)})")

@@ -13,6 +13,7 @@ import numpy as np
 from common.significance import standard_error
 
 METRICS = "metrics.jsonl"
+DAMAGE = (ValueError, KeyError, TypeError, RecursionError, OverflowError)  # in a line
 BY_UPDATE = ("train", "skip", "stats")  # events whose step is the index of an update, from 0
 
 # -----------------------------------------------------------------------------
@@ -30,7 +31,7 @@ class Totals:
     eval_seconds: float = 0.0  # validation, HellaSwag, samples
     save_seconds: float = 0.0  # checkpoints, and the export at the end
     compile_seconds: float = 0.0  # torch.compile, wherever it was needed
-    startup_seconds: float = 0.0  # from the command to the first line, added up over restarts
+    startup_seconds: float = 0.0  # from the settings to the first line, added up over restarts
     tokens: int = 0  # of the steps in train_seconds
     val_loss: float | None = None  # the newest one
     peak_memory: int = 0  # bytes, as earlier ends recorded it
@@ -77,7 +78,7 @@ def read_earlier(path: Path, step: int, branch: bool = False) -> Earlier:
     """
     earlier = Earlier()
     for line in read_lines(path):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a crash cut the line off
+        with contextlib.suppress(*DAMAGE):  # a crash cut the line off
             entry = json.loads(line)
             if branch and entry["event"] == "end":
                 continue
@@ -115,7 +116,7 @@ def run_facts(folder: Path, step: int | None = None) -> dict[str, Any]:
     """
     facts: dict[str, Any] = {}
     for line in read_lines(folder / METRICS):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged line is left out
+        with contextlib.suppress(*DAMAGE):  # such a line is left out
             entry = json.loads(line)
             event, done = entry["event"], entry["step"] + (entry["event"] in BY_UPDATE)
             if step is not None and done > step:
@@ -143,7 +144,20 @@ HOUSEKEEPING = {  # settings that do not change the numbers
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # not by math.isfinite, which an integer of 400 digits, from a damaged line, stops
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def settings_of(about: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings in a run event that can change the numbers."""
+    known: dict[str, Any] = {}
+    for name in ("config", "model_config"):
+        part = about.get(name)
+        known.update(part if isinstance(part, dict) else {})
+    for name in ("device", "world_size", "dtype", "compile", "micro_batch_size"):
+        if name in about:
+            known[name] = about[name]
+    return {name: value for name, value in known.items() if name not in HOUSEKEEPING}
 
 
 @dataclass(frozen=True)
@@ -174,7 +188,7 @@ class Curves:
             try:
                 entry = json.loads(line)
                 event, step, now = entry["event"], entry["step"], entry["time"]
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except DAMAGE:
                 self.left_out["lines that could not be read"] += 1
                 continue
             if not (isinstance(event, str) and is_number(step) and is_number(now)):
@@ -197,15 +211,24 @@ class Curves:
         return config.get(name) if isinstance(config, dict) else None
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that can change a run's numbers, as its last start recorded them."""
-        known: dict[str, Any] = {}
-        for name in ("config", "model_config"):
-            part = self.about.get(name)
-            known.update(part if isinstance(part, dict) else {})
-        for name in ("device", "world_size", "dtype", "compile", "micro_batch_size"):
-            if name in self.about:
-                known[name] = self.about[name]
-        return {name: value for name, value in known.items() if name not in HOUSEKEEPING}
+        """Return the settings that can change a run's numbers, as its last start recorded them.
+
+        A branch has those of its trunk too, where they differ. The path of its checkpoint, which is
+        another one for each seed, becomes the step at which it branched off.
+        """
+        known, trunk, step = settings_of(self.about), {}, None
+        if branch := known.get("branch_from"):
+            for run in self.events["run"]:
+                before = settings_of(run)
+                if before.get("branch_from") != branch:
+                    trunk, step = before, None
+                elif step is None:
+                    step = run["step"]
+        if trunk:
+            known["branch_from"] = f"step {step:g}"
+            trunk = {name: value for name, value in trunk.items() if value != known.get(name)}
+            known |= {f"trunk's {name}": trunk[name] for name in trunk.keys() - {"seed"}}
+        return known
 
     def on_fineweb_edu(self) -> bool:
         """Return whether the data is FineWeb-Edu, by its source or else by its folder's name."""

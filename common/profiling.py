@@ -2,8 +2,11 @@
 
 import contextlib
 import gzip
+import json
+import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +67,7 @@ class Clock:
 
 
 class StepProfiler:
-    """Profile three steps of a run, from step `first` on.
+    """Profile three steps of a run, from step `first` on, and nothing that happens between them.
 
     It writes a trace into `out_dir`, for ui.perfetto.dev or chrome://tracing, and on CUDA a picture
     of the memory, for pytorch.org/memory_viz. `say` prints a table of the largest kernels
@@ -74,75 +77,80 @@ class StepProfiler:
     def __init__(self, first: int, out_dir: Path, device: str, say: Callable[[str], None]):
         self.first, self.out_dir, self.say = first, out_dir, say
         self.cuda = device == "cuda"
-        self.profile: torch.profiler.profile | None = None
-        self.steps = 0  # profiled so far
+        self.profiles: list[torch.profiler.profile] = []  # of one step each
+        self.finished = False
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Profile the step inside the `with` block, if it is one of the three."""
-        if not self.first <= step < self.first + STEPS:
+        if self.finished or not self.first <= step < self.first + STEPS:
             yield
             return
-        if self.profile is None:
-            self._start()
-        with torch.profiler.record_function(f"step {step}"):
-            yield
-        self.steps += 1
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        if self.cuda:
+            kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        if self.cuda and not self.profiles:
+            torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints when it starts and stops
+        with torch.profiler.profile(activities=kinds) as profile:
+            self.profiles.append(profile)
+            with torch.profiler.record_function(f"step {step}"):
+                yield
         if step == self.first + STEPS - 1:
             self.finish()
 
     def finish(self) -> None:
-        """Write and print what was profiled, after the last of the steps or where the run ends."""
-        if self.profile is None:
-            if not self.steps:
-                last = self.first + STEPS - 1
-                self.say(f"note: steps {self.first} to {last} were not run: nothing was profiled")
+        """Write and print what was profiled: after the last of the steps, or where the run ends."""
+        if self.finished:
             return
-        profile, self.profile = self.profile, None
-        profile.stop()
-        for line in largest(profile, self.cuda, max(1, self.steps)):
-            self.say(line)
+        self.finished = True
+        if not self.profiles:
+            last = self.first + STEPS - 1
+            self.say(f"note: steps {self.first} to {last} were not run: nothing was profiled")
+            return
         try:
+            for line in largest(self.profiles, self.cuda):
+                self.say(line)
             trace = self.out_dir / f"profile_{self.first:06d}.json.gz"
-            with tempfile.TemporaryDirectory() as folder:
-                raw = Path(folder, "trace.json")
-                profile.export_chrome_trace(str(raw))
-                write_atomically(trace, gzip.compress(raw.read_bytes(), 6))
+            write_atomically(trace, gzip.compress(joined_trace(self.profiles), 6))
             self.say(f"profile: {trace}, for ui.perfetto.dev or chrome://tracing")
             if self.cuda:
                 snapshot = self.out_dir / f"memory_{self.first:06d}.pickle"
                 torch.cuda.memory._dump_snapshot(str(snapshot))
                 self.say(f"profile: {snapshot}, for pytorch.org/memory_viz")
-        except OSError as error:  # the run is worth more
-            self.say(f"warning: the profile could not be written ({error}): make room")
+        except (OSError, RuntimeError, ValueError) as error:  # the run is worth more
+            self.say(f"warning: the profile could not be written ({error})")
         finally:
+            self.profiles.clear()
             if self.cuda:
                 torch.cuda.memory._record_memory_history(enabled=None)
 
-    def _start(self) -> None:
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        if self.cuda:
-            kinds.append(torch.profiler.ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=1_000_000)
-        self.profile = torch.profiler.profile(activities=kinds)
-        self.profile.start()
+
+def joined_trace(profiles: list[torch.profiler.profile]) -> bytes:
+    """Return the traces of several steps as one, in Chrome's JSON format."""
+    whole: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for profile in profiles:
+            path = Path(folder, "trace.json")
+            profile.export_chrome_trace(str(path))
+            trace = json.loads(path.read_bytes())
+            events = whole.get("traceEvents", []) + trace["traceEvents"]  # of one clock
+            whole = {**trace, "traceEvents": events}
+    return json.dumps(whole).encode()
 
 
-def largest(profile: torch.profiler.profile, cuda: bool, steps: int) -> list[str]:
+def largest(profiles: list[torch.profiler.profile], cuda: bool) -> list[str]:
     """Return a table of the kernels that took most time; on a CPU, of the operators."""
     device = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    rows = [
-        (e.self_device_time_total if cuda else e.self_cpu_time_total, e.count, e.key)
-        for e in profile.key_averages()
-        if e.device_type == device and not e.is_user_annotation
-    ]  # microseconds
-    total = sum(row[0] for row in rows) or 1
+    times, calls = Counter(), Counter()  # microseconds
+    for event in (event for profile in profiles for event in profile.key_averages()):
+        if event.device_type == device and not event.is_user_annotation:
+            times[event.key] += event.self_device_time_total if cuda else event.self_cpu_time_total
+            calls[event.key] += event.count
+    steps, whole = len(profiles), times.total() or 1
     what = "kernel" if cuda else "operator"
-    head = f"{'ms a step':>10}  {'share':>5}  {'calls a step':>12}  {what}"
-    return [
-        head,
-        *(
-            f"{time / steps / 1e3:10.2f}  {time / total:5.1%}  {count / steps:12.1f}  {name[:80]}"
-            for time, count, name in sorted(rows, reverse=True)[:LARGEST]
-        ),
-    ]
+    lines = [f"{'ms a step':>10}  {'share':>5}  {'calls a step':>12}  {what}"]
+    for name, own in times.most_common(LARGEST):
+        share, count = own / whole, calls[name] / steps
+        lines.append(f"{own / steps / 1e3:10.2f}  {share:5.1%}  {count:12.1f}  {name[:80]}")
+    return lines

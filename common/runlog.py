@@ -52,9 +52,9 @@ class RunLog:
         """Open metrics.jsonl, and drop the lines that a run resumed at `step` will write again.
 
         A run that branches off at `step` starts with the lines of its `trunk`, the folder of
-        another run. Raises ValueError, on every rank and before anything is written, if the package
-        of a dashboard is missing. Raises OSError, as `write` and `close` do, if metrics.jsonl
-        cannot be written.
+        another run, and drops its own. Raises ValueError, on every rank and before anything is
+        written, if the package of a dashboard is missing. Raises OSError, as `write` and `close`
+        do, if metrics.jsonl cannot be written.
         """
         for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb)):
             if wanted:
@@ -66,15 +66,15 @@ class RunLog:
             return
         out_dir.mkdir(parents=True, exist_ok=True)
         self.path = out_dir / METRICS
-        earlier = read_earlier(self.path, step)
-        if new_branch := trunk and not self.path.exists():
-            earlier = read_earlier(trunk / METRICS, step, branch=True)
+        # A branch that was killed before its first checkpoint starts again: with new lines of its
+        # trunk, which may have come further.
+        earlier = read_earlier((trunk or out_dir) / METRICS, step, branch=trunk is not None)
         self.kept, self.totals = earlier.events, earlier.totals
         self.console = Console(earlier.best_loss)
         self.clock = Clock()
         self.dashboards: list[TensorBoard | WeightsAndBiases] = []
         # recorded, so that a resumed run continues its dashboard, and a branch not its trunk's
-        self.ids: dict[str, str | None] = {"wandb_id": None} if new_branch else {}
+        self.ids: dict[str, str | None] = {"wandb_id": None} if trunk else {}
         if tensorboard:
             self.dashboards.append(TensorBoard(out_dir, step))
         if wandb:
@@ -116,7 +116,10 @@ class RunLog:
         entry = {"event": event, "step": step, "time": time.time(), **values}
         self.totals.add(entry)
         if event == "end":
-            values |= self.summary(values)
+            self.console.say_held()
+            if self.profiler:  # it prints too, and the summary comes last
+                self.profiler.finish()
+            values |= self.summary()
             entry |= values
         with naming(self.path):
             print(json.dumps(entry), file=self.file, flush=True)
@@ -131,7 +134,7 @@ class RunLog:
         flops, peak = self.about["flops_per_token"], self.about["peak_flops"]
         return {"tokens_per_sec": speed, "mfu": speed * flops / peak if peak else None}
 
-    def summary(self, end: dict[str, Any]) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Return what the run adds up to, with its earlier parts, for the line that ends it."""
         totals = vars(self.totals).copy()
         tokens = totals.pop("tokens")
@@ -249,20 +252,21 @@ class Console:
         self.step_time = 0.0  # seconds, smoothed
         self.printed = -math.inf  # when the last training line was printed
         self.held = ""  # the training line that came too soon after it
-        self.target: float | None = None  # validation loss that ends the run
+        self.target = -math.inf  # validation loss that ends the run
         self.bar: Any = None  # the status line, from the first step on
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
         """Print an event's line and bring the status line up to date."""
         if event == "run":
             self.budget = values["config"]["max_steps"] * values["config"]["total_batch_size"]
-            self.target = values["config"].get("target_loss")
+            self.target = values["config"].get("target_loss") or -math.inf
         elif event == "train":
             self.step_time = smoothed(self.step_time, values["dt"])
         elif event == "val":
             self.best_loss = min(self.best_loss, values["loss"])
-            if self.target is not None and values["loss"] <= self.target:
-                self.say_held()  # it was the last step
+        # the last training line comes before what ends the run
+        if event == "skip" or (event == "val" and self.best_loss <= self.target):
+            self.say_held()
         line = self.line(event, step, values)
         if event == "train":
             # A line a second is as much as anybody reads. The first and the last step have theirs.

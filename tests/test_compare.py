@@ -1,12 +1,13 @@
 """common/compare.py: which runs are seeds of one group, and what is said about groups."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import write_run
 
-from common.compare import Group, aligned, grouped, seed_lines, target_lines
+from common.compare import Group, aligned, differ_only_in_seed, grouped, seed_lines, target_lines
 from common.metrics import Curves
 
 
@@ -37,6 +38,31 @@ def test_runs_that_differ_only_in_seed_are_a_group(tmp_path):
     other = seeds(tmp_path / "b", [3, 3], max_lr=1.0, target_loss=4.0)
     runs = [a[0], other[0], a[1], other[1]]
     assert names(runs) == [["a0", "a1"], ["b0", "b1"]]
+
+
+def branched(folder: Path, seed: int, trunk: dict, step: int = 5, **config) -> Curves:
+    """A run whose file begins with the lines of its trunk, as that of a branch does."""
+    lines = (write_run(folder / "trunk", seed=seed, **trunk) / "metrics.jsonl").read_text()
+    branch = {**trunk, "branch_from": str(folder / "trunk" / "c.pt"), **config}
+    run = write_run(folder / "branch", seed=seed, **branch) / "metrics.jsonl"
+    first, *others = run.read_text().splitlines(keepends=True)
+    run.write_text(lines + json.dumps({**json.loads(first), "step": step}) + "\n" + "".join(others))
+    return Curves(run)
+
+
+def test_branches_of_equal_trunks_are_seeds_of_one_group(tmp_path):
+    trunk, end = {"max_steps": 100}, {"max_steps": 20}
+    a, b = (branched(tmp_path / str(seed), seed, trunk, **end) for seed in (1, 2))
+    assert differ_only_in_seed(a, b)
+    assert a.settings()["branch_from"] == "step 5" and a.settings()["trunk's max_steps"] == 100
+    others = [
+        branched(tmp_path / "later", 3, trunk, step=6, **end),
+        branched(tmp_path / "other end", 3, trunk, max_steps=21),
+        branched(tmp_path / "other trunk", 3, {"max_steps": 100, "max_lr": 1.0}, **end),
+        Curves(write_run(tmp_path / "no trunk", seed=3, branch_from="c.pt", **end)),
+        Curves(write_run(tmp_path / "no branch", seed=3, **end)),
+    ]
+    assert not any(differ_only_in_seed(a, other) for other in others)
 
 
 @pytest.mark.parametrize(

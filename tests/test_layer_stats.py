@@ -52,5 +52,5 @@ def test_measuring_layers_changes_no_number_of_a_run(data_dir, tmp_path):
     stats = [m for m in measured if m["event"] == "stats"]
     assert [m["step"] for m in stats] == [0, 4, 8]
     assert not [m for m in plain if m["event"] == "stats"]
-    _, missing = plot.draw([plot.Run(tmp_path / "measured")], "steps")
+    _, missing = plot.draw([plot.Curves(tmp_path / "measured")], "steps")
     assert "update / weight size" not in missing

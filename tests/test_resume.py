@@ -156,6 +156,15 @@ def test_a_run_ends_at_the_first_validation_loss_at_the_target_and_stays_finishe
     assert end_of(longer) == [(4, "target"), (12, "budget")]
 
 
+def test_a_target_that_was_passed_before_the_checkpoint_ends_the_resumed_run(data_dir, tmp_path):
+    whole = run_train(data_dir, tmp_path, eval_every=2, checkpoint_every=5, keep_checkpoints=0)
+    best = min(m["loss"] for m in whole if m["event"] == "val" and m["step"] <= 4)
+    (tmp_path / "ckpt_000010.pt").unlink()
+    # at step 5 nothing was validated: now it is, and the loss there may be above the target again
+    run = run_train(data_dir, tmp_path, eval_every=2, resume=True, target_loss=best)
+    assert end_of(run) == [(5, "target")]
+
+
 def test_at_the_target_a_run_samples_and_scores_as_at_its_end(data_dir, tmp_path):
     settings = dict(sample_every=100, eval_every=2, vocab_size=50257, target_loss=10.6)
     run = run_train(data_dir, tmp_path, **settings)
@@ -239,6 +248,25 @@ def test_a_branch_may_have_another_end_and_can_be_resumed_itself(data_dir, trunk
         path.unlink()  # as if it had been killed before its first checkpoint
     again = run_train(data_dir, tmp_path / "branch", resume=True, **settings)
     assert losses(again) == losses(first) and end_of(again) == [(16, "budget")]
+
+
+def test_a_branch_says_what_it_changes_and_takes_the_command_of_its_trunk(
+    data_dir, tmp_path, capsys
+):
+    run_train(data_dir, tmp_path / "first", max_steps=1)
+    sizes = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "max_lr"))
+    tuned = dict(init_from=str(tmp_path / "first"), max_steps=4, warmup_steps=0, **sizes)
+    run_train(data_dir, tmp_path / "tuned", **tuned)
+    capsys.readouterr()
+    longer = {**tuned, "max_steps": 6, "branch_from": tmp_path / "tuned", "grad_clip": 0.5}
+    run = run_train(data_dir, tmp_path / "branch", **longer)
+    shown = capsys.readouterr().out
+    assert "changed: max_steps was 4, is now 6; grad_clip was 1.0, is now 0.5\n" in shown
+    peaks = [
+        max(m["lr"] for m in run if m["event"] == "train" and m["step"] in s)
+        for s in ((0,), (4, 5))
+    ]
+    assert peaks[1] < peaks[0] == pytest.approx(6e-5), "a tenth, as with --init_from alone"
 
 
 @pytest.mark.parametrize(

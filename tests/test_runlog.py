@@ -18,6 +18,7 @@ from conftest import ROOT, RUN, command, flags, read_metrics, run_command_line
 
 from common import runlog
 from common.cli import run_command
+from common.profiling import StepProfiler
 from common.runlog import RunLog
 
 ABOUT = dict(
@@ -173,8 +174,11 @@ def test_a_branch_begins_with_the_lines_of_its_trunk_but_not_with_its_dashboard(
     log.close()
     assert read_metrics(tmp_path / "branch")[:3] == lines and log.totals.train_seconds == 1.0
     assert runlog.read_earlier(tmp_path / "branch" / "metrics.jsonl", 5).wandb_id is None
-    again = RunLog(tmp_path / "branch", 5, is_main=True, trunk=tmp_path / "trunk")
-    assert ("val", 5) in again.kept, "its own lines, once it has some"
+    # killed before its first checkpoint, and the trunk has a newer one: no line of the first try
+    with open(tmp_path / "trunk" / "metrics.jsonl", "a") as file:
+        print(json.dumps({"event": "val", "step": 6, "loss": 2.5}), file=file)
+    again = RunLog(tmp_path / "branch", 6, is_main=True, trunk=tmp_path / "trunk")
+    assert again.kept == {("run", 0), ("val", 0), ("train", 4), ("train", 5), ("val", 6)}
 
 
 def test_only_the_first_rank_writes(tmp_path, capsys):
@@ -354,7 +358,26 @@ def test_short_steps_print_a_line_a_second_and_the_first_and_last_step_always(
     log.write("train", 39, **{**STEP, "tokens_seen": 39_500})
     log.close()
     assert shown() == [39], "after an error nothing follows"
-    assert len(read_metrics(tmp_path, "train")) == 17
+
+
+@pytest.mark.parametrize("last", ["train", "skip"])
+def test_the_closing_block_comes_last(tmp_path, monkeypatch, capsys, last):
+    log = start_log(tmp_path, monkeypatch, on_terminal=False)
+    log.profiler = StepProfiler(50, tmp_path, "cpu", log.say)
+    for step in 0, 1:
+        log.write("train", step, **STEP)
+    if last == "skip":
+        log.write("skip", 2, why="loss nan", windows=[0, 4], dt=1.0)
+    log.write("end", 3, **END)
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    block = next(i for i, line in enumerate(lines) if line.startswith("why: "))
+    assert lines[-1].startswith("n_params: ") and len(lines) - block > 9
+    order = [line for line in lines[1:block] if line.startswith(("step", "note"))]
+    assert [line[:7] for line in order[-3:-1]] == (
+        ["step 1:", "step 2:"] if last == "skip" else ["step 0:", "step 1:"]
+    )
+    assert order[-1].startswith("note: steps 50 to 52")
 
 
 def test_a_step_that_takes_longer_than_a_second_has_its_line(tmp_path, monkeypatch, capsys):

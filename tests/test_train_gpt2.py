@@ -796,7 +796,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(data_dir, tmp_path):
         {"decay_fraction": 1.1},
         {"target_loss": -1.0},
         {"profile_step": -1},
-        {"init_from": "gpt2", "branch_from": Path("log")},
+        {"target_loss": 0.0},
+        {"target_loss": 3.0, "eval_every": 0},
     ],
     ids=lambda wrong: list(wrong)[-1],
 )

@@ -23,15 +23,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from common.metrics import METRICS  # noqa: E402
-from plot import Run  # noqa: E402
+from common.metrics import METRICS, Curves  # noqa: E402
 
 QUIET = "--eval_every 0 --sample_every 0 --hellaswag_every 0 --checkpoint_every 0"
 
 
 def events(folder: Path, kind: str) -> list[dict]:
     """Return the events of a kind that a run has logged so far."""
-    return Run(folder).events.get(kind, []) if (folder / METRICS).exists() else []
+    return Curves(folder).events.get(kind, []) if (folder / METRICS).exists() else []
 
 
 class Check:
