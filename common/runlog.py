@@ -108,6 +108,7 @@ class RunLog:
         if event == "run":
             source = data_source(Path(values["config"]["data_dir"]))
             values |= {**software(), "data_source": source, **self.ids}
+            values["startup_seconds"] += seconds  # those of the dashboards
             self.about = values
             if values["compile"]:
                 self.clock.watch_compiler()

@@ -24,7 +24,7 @@ from common.runlog import RunLog
 ABOUT = dict(
     config={"data_dir": "nowhere", "max_steps": 40, "total_batch_size": 1000}, n_params=1234567,
     flops_per_token=7_000_000, peak_flops=None,
-    micro_batch_size=4, world_size=2, compile=False, device="cpu", dtype="bfloat16", passes=1.234,
+    micro_batch_size=4, world_size=2, compile=False, startup_seconds=0.0, device="cpu", dtype="bfloat16", passes=1.234,
 )  # fmt: skip
 STEP = dict(
     loss=4.81234, lr=1.5e-3, grad_norm=0.98765, dt=2.0, batch_tokens=1000, tokens_seen=1000,
@@ -147,7 +147,7 @@ def test_totals_go_on_when_a_run_is_resumed_and_count_each_step_once(tmp_path, m
     for resumed in False, True:
         log = RunLog(tmp_path, 2 * resumed, is_main=True)
         monkeypatch.setattr(log.clock, "lap", lambda: (0.5, 0.25))
-        log.write("run", 2 * resumed, **ABOUT, startup_seconds=3.0)
+        log.write("run", 2 * resumed, **{**ABOUT, "startup_seconds": 2.5})
         if not resumed:
             log.write("val", 0, loss=5.0)
         for step in (2, 3) if resumed else (0, 1, 2, 3):  # 2 and 3 are lost in a crash
