@@ -192,13 +192,16 @@ def draw_layers(ax: "Axes", x: np.ndarray, y: np.ndarray, look: dict, alone: boo
 
 
 def draw_line_at(ax: "Axes", height: float, text: str, end: str = "right") -> None:
-    """Draw a horizontal line to compare with, and its name above it, at one end."""
+    """Draw a horizontal line to compare with, and its name: above it at the right end, or below it
+    at the left one, where a loss that falls comes last.
+    """
     from matplotlib.patheffects import withStroke
 
     ax.axhline(height, color=GREY, linewidth=0.9, linestyle=(0, (5, 3)))
     ax.annotate(
         text, (float(end == "right"), height), xycoords=("axes fraction", "data"),
-        xytext=(-3 if end == "right" else 3, 2), textcoords="offset points", ha=end, va="bottom",
+        xytext=(-3, 2) if end == "right" else (3, -2), textcoords="offset points", ha=end,
+        va="bottom" if end == "right" else "top",
         fontsize=7.5, color=GREY,
         path_effects=[withStroke(linewidth=2, foreground="white")],  # readable on top of a curve
     )  # fmt: skip

@@ -67,7 +67,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {  # sizes of GPT-2 and GPT-3, rates and batches of GPT-3 (its paper, table 2.1)
-    "tiny": Preset(4, 128, 4, 128, 4e-3, 1024, 8, 380, muon_max_lr=8e-3),
+    "tiny": Preset(4, 128, 4, 128, 2e-3, 1024, 8, 380, muon_max_lr=16e-3),
     "gpt2": Preset(12, 768, 12, 1024, 6e-4, 524288),
     "gpt2-medium": Preset(24, 1024, 16, 1024, 3e-4, 524288),
     "gpt2-large": Preset(36, 1280, 20, 1024, 2.5e-4, 524288),
