@@ -24,7 +24,8 @@ from common.runlog import RunLog
 ABOUT = dict(
     config={"data_dir": "nowhere", "max_steps": 40, "total_batch_size": 1000}, n_params=1234567,
     flops_per_token=7_000_000, peak_flops=None,
-    micro_batch_size=4, world_size=2, compile=False, startup_seconds=0.0, device="cpu", dtype="bfloat16", passes=1.234,
+    micro_batch_size=4, world_size=2, compile=False, device="cpu", dtype="bfloat16", passes=1.234,
+    startup_seconds=0.0,
 )  # fmt: skip
 STEP = dict(
     loss=4.81234, lr=1.5e-3, grad_norm=0.98765, dt=2.0, batch_tokens=1000, tokens_seen=1000,
