@@ -165,7 +165,7 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps; 0: only at the end and on a signal
     keep_checkpoints: int = 2  # how many of the newest to keep; 0: all
     resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
-    branch_from: Path | None = None  # checkpoint to go on from, in a new out_dir and to another end
+    branch_from: Path | None = None  # checkpoint to go on from, in a new out_dir, to another end
     target_loss: float | None = None  # end the run at the first validation loss at or below this
     max_skipped: int = 10  # stop after this many skipped steps in a row (not finite)
     shard: Literal["auto", "on", "off"] = "auto"  # deal the model out over the ranks (FSDP2)
