@@ -92,7 +92,8 @@ class StepProfiler:
         if self.cuda and not self.profiles:
             torch.cuda.memory._record_memory_history(max_entries=1_000_000)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints when it starts and stops
-        with torch.profiler.profile(activities=kinds) as profile:
+        # acc_events: without it torch 2.11 warns that it forgets earlier cycles; there are none
+        with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
             self.profiles.append(profile)
             with torch.profiler.record_function(f"step {step}"):
                 yield

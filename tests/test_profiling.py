@@ -150,7 +150,7 @@ def test_on_cuda_the_table_has_kernels_and_the_memory_is_recorded(tmp_path, monk
     events.append(event("step 3", cuda, 4000, note=True))
 
     class Profile:
-        def __init__(self, activities):
+        def __init__(self, activities, acc_events):
             calls.append(activities)
 
         __enter__ = lambda self: self  # noqa: E731
