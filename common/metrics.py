@@ -224,7 +224,7 @@ class Curves:
                     trunk, step = before, None
                 elif step is None:
                     step = run["step"]
-        if trunk:
+        if trunk and step is not None:
             known["branch_from"] = f"step {step:g}"
             trunk = {name: value for name, value in trunk.items() if value != known.get(name)}
             known |= {f"trunk's {name}": trunk[name] for name in trunk.keys() - {"seed"}}

@@ -65,6 +65,17 @@ def test_branches_of_equal_trunks_are_seeds_of_one_group(tmp_path):
     assert not any(differ_only_in_seed(a, other) for other in others)
 
 
+def test_a_branch_whose_last_start_is_damaged_is_compared_by_its_path(tmp_path):
+    run = branched(tmp_path, 1, {"max_steps": 100}, max_steps=20)
+    with open(run.path, "a") as file:
+        print('{"event": "run", "step": 6, "time": 9, "config": null}', file=file)
+        print('{"event": "run", "step": 7, "time": 9, "device": "cpu"}', file=file)
+    assert "branch_from" not in Curves(run.path).settings()
+    lines = run.path.read_text().splitlines(keepends=True)
+    run.path.write_text("".join(lines[:-2] + lines[-1:]))
+    assert Curves(run.path).settings()["branch_from"] == str(tmp_path / "trunk" / "c.pt")
+
+
 @pytest.mark.parametrize(
     ("one", "two"),
     [
