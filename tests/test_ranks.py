@@ -95,7 +95,7 @@ def test_an_error_of_the_rank_that_holds_the_store_is_printed_once_too(tmp_path)
 
 
 def all_fail(rank: int, world_size: int) -> None:
-    time.sleep(0.2 * rank)
+    time.sleep(0.05 * rank)
     raise OSError("no such folder")
 
 
