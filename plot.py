@@ -38,9 +38,9 @@ class PlotConfig:
     """Draw the curves of one run, or of several in one picture. A run may still be in progress."""
 
     runs: Positional[tuple[Path, ...]]  # folders of runs, or their metrics.jsonl
-    out: Path | None = None  # .png or .svg file (default: curves.png in the first run's folder)
+    out: Path | None = None  # .png or .svg file (curves.png in the first run's folder)
     x: Literal["steps", "tokens", "hours"] = "steps"  # the horizontal axis
-    target_loss: float | None = None  # print when a run reached it (default: the run's own)
+    target_loss: float | None = None  # print when a run reached it (the run's own)
 
     def __post_init__(self) -> None:
         if not self.runs:

@@ -4,7 +4,7 @@ GPT-2 and its training, in one file. To run it:
     python fineweb.py                                               # the data, once
     python train_gpt2.py                                            # on a CPU, a Mac or one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py          # on eight GPUs
-    python train_gpt2.py --preset tiny --data_dir data/pydocs       # on two CPU cores, in minutes
+    python train_gpt2.py --preset tiny --data_dir data/pydocs       # (fineweb.py --source pydocs)
 
 Read it from top to bottom: configuration, model, data, optimizer and schedule, ranks, one step,
 evaluation, the loop. What commands share is in common/: checkpoint files, the run's log, the
@@ -119,7 +119,7 @@ class TrainConfig:
 
     # data
     data_dir: Path = Path("edu_fineweb10B")  # folder of token shards, made by fineweb.py
-    shuffle: bool = True  # shuffle the windows of every epoch
+    shuffle: bool = True  # a new order of the windows in every epoch; else that of the files
     seed: int = 1337  # for initialisation, shuffling, dropout and samples
     # model
     preset: Literal[tuple(PRESETS)] = "gpt2"  # size of the model and the settings that go with it
@@ -132,7 +132,7 @@ class TrainConfig:
     init_from: str | None = None  # model to start from: checkpoint, run, folder, hub name
     # batch
     total_batch_size: int | None = None  # tokens a step, over all ranks
-    micro_batch_size: int | None = None  # rows at a time on one device (default: what fits)
+    micro_batch_size: int | None = None  # rows at a time on a device (CUDA: what fits; else 8)
     batch_ramp_tokens: int = 0  # grow the batch linearly over this many tokens
     batch_ramp_start: int = 32768  # tokens a step at the start; every batch is a multiple of it
     # optimizer
@@ -165,13 +165,13 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps; 0: only at the end and on a signal
     keep_checkpoints: int = 2  # how many of the newest to keep; 0: all
     resume: bool = False  # continue from the newest checkpoint in out_dir, if there is one
-    branch_from: Path | None = None  # checkpoint to go on from, in a new out_dir, to another end
+    branch_from: Path | None = None  # new run from this checkpoint, with another schedule or budget
     target_loss: float | None = None  # end the run at the first validation loss at or below this
     max_skipped: int = 10  # stop after this many skipped steps in a row (not finite)
-    shard: Literal["auto", "on", "off"] = "auto"  # deal the model out over the ranks (FSDP2)
+    shard: Literal["auto", "on", "off"] = "auto"  # shard the model over the ranks (FSDP2)
     recompute: Literal["auto", "on", "off"] = "auto"  # save memory: compute blocks twice
     timeout_minutes: float = 10.0  # end the run if a rank is silent for this long
-    profile_step: int | None = None  # look at three steps from this one on with torch.profiler
+    profile_step: int | None = None  # first of three steps to profile with torch.profiler
     stats_every: int = 0  # steps between records of how each layer is updated; 0: never
     tensorboard: bool = False  # send the same numbers to TensorBoard, in out_dir
     wandb: bool = False  # send the same numbers to Weights & Biases
@@ -188,12 +188,13 @@ class TrainConfig:
                 object.__setattr__(self, name, value)  # the class is frozen
         for name, value in vars(self).items():
             at_least = int(name.endswith(("_size", "_start", "max_steps", "val_tokens")))
-            if isinstance(value, int | float) and not at_least <= value < math.inf:
-                raise ValueError(f"{name} {value}: give a number of {at_least} or more")
-        betas = self.beta1, self.beta2, self.muon_momentum
-        if self.warmup_tokens > self.budget or max(betas) >= 1 or self.decay_fraction > 1:
-            what = "--warmup_steps up to max_steps, --decay_fraction up to 1"
-            raise ValueError(f"give {what}, betas and momentum below 1")
+            below = 1 if name in ("dropout", "beta1", "beta2", "muon_momentum") else math.inf
+            if isinstance(value, int | float) and not at_least <= value < below:
+                limit = f"{at_least} or more" if below > 1 else "0 or more, below 1"
+                raise ValueError(f"{name} {value}: give a number of {limit}")
+        if self.warmup_tokens > self.budget or self.decay_fraction > 1:
+            given = f"warmup_steps {self.warmup_steps}, decay_fraction {self.decay_fraction}"
+            raise ValueError(f"{given}: give at most {self.max_steps} (max_steps) and 1")
         if self.target_loss is not None and not (self.target_loss and self.eval_every):
             raise ValueError("give --target_loss above 0, and --eval_every, which looks for it")
         if self.batch_ramp_tokens and self.total_batch_size % self.batch_ramp_start:
@@ -216,6 +217,7 @@ class TrainConfig:
     @property
     def warmup_tokens(self) -> int:
         steps = self.warmup_steps
+        # GPT-3 warms up for 375M tokens: 715 steps of half a million
         return self.total_batch_size * (min(715, self.max_steps // 10) if steps is None else steps)
 
 
@@ -249,7 +251,7 @@ class CausalSelfAttention(nn.Module):
             q, k, v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,  # position t must not see t+1, its target
+            is_causal=mask is None and T > 1,  # t must not see t+1, its target; a cache is the past
         )  # (B, nh, T, hs)  # fmt: skip
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -293,7 +295,7 @@ MOST_LOGITS = 2**31 - 1  # in one tensor: with more, kernels would have to count
 class GPT(nn.Module):
     """GPT-2 (Radford et al., 2019), with the parameter names of Hugging Face's GPT2LMHeadModel."""
 
-    # The residual stream in training, if products have this dtype too: half of float32's bytes.
+    # The residual stream, if products have this dtype too: half the bytes. Scores keep float32.
     stream = torch.bfloat16
 
     def __init__(self, config: GPTConfig):
@@ -318,9 +320,9 @@ class GPT(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        # 0.02 is GPT-2's value. A layer's outputs start smaller than its inputs: by 0.02 * sqrt(C),
-        # 0.55 at C = 768 and 0.8 at 1600. Logits start small too, so every token is about equally
-        # likely and the first loss is close to ln(V).
+        # 0.02 is GPT-2's value (OpenAI's code has 0.01 for wpe). A layer's outputs start smaller
+        # than its inputs, by 0.02 * sqrt(C): 0.55 at C = 768. Logits start small too, so every
+        # token is about equally likely and the first loss is close to ln(V).
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 # Each of the n_layer blocks adds to the residual stream twice. A sum of n equal
@@ -365,7 +367,7 @@ class GPT(nn.Module):
         Targets of -1 do not count. The logits of padded ids have no meaning: cut them off at
         `config.vocab_size` before you choose a token.
         """
-        x = GPT.hidden(self, idx)  # (B, T, C); FSDP2 wraps self.hidden, and would end the pass here
+        x = GPT.hidden(self, idx)  # (B, T, C); FSDP2's self.hidden frees wte, which the head needs
         if targets is None:
             return self.lm_head(x)
         # The loss of 64 rows (3.3 billion logits) is taken in two halves.
@@ -403,13 +405,13 @@ def read_model(name_or_path: str | Path | None) -> GPT:
 
 def compile_model(model: GPT) -> None:
     """Compile in place, block by block: all blocks share one graph, so it is compiled once."""
-    from torch._functorch import config
+    from torch._functorch import config as functorch
 
     # On a CPU the backward pass computes norms, GELU and casts again instead of storing them: as
     # fast, in an eighth less memory at 124M (benchmarks/ladder_cpu.md). Sharded, it would otherwise
     # keep a bfloat16 copy of every whole block: 26 GB at 13B.
     store = next(model.parameters()).device.type != "cpu" and not parallel.is_sharded(model)
-    config.ban_recompute_materialized_backward = store
+    functorch.ban_recompute_materialized_backward = store
     # DDP would cut a block's graph at every 25 MB of gradients: 2 graphs at width 768, 4 at 1600.
     torch._dynamo.config.optimize_ddp = False
     for block in model.transformer.h:
@@ -424,6 +426,7 @@ def compile_model(model: GPT) -> None:
 def window_order(n_windows: int, seed: int, epoch: int) -> np.ndarray:
     """Return the permutation of an epoch's windows (uint32), drawn from (seed, epoch)."""
     order = np.arange(n_windows, dtype=np.uint32)  # 40 MB for ten million windows
+    # in the files, neighbours come from one document: their gradients are alike, and batches vary
     np.random.default_rng((seed, epoch)).shuffle(order)
     return order
 
@@ -536,8 +539,8 @@ def make_optimizers(model: GPT, config: TrainConfig, machine: "Machine") -> dict
     ]
     groups = [{**group, "peak_lr": config.max_lr, "logged_as": "lr"} for group in groups]
     # AdamW (Loshchilov and Hutter, 2019) divides the mean gradient by the root of its mean square:
-    # a weight moves by at most about the learning rate, for gradients of any scale. The betas are
-    # GPT-3's (appendix B): with 0.95 instead of 0.999 the second average follows changes faster.
+    # a weight moves by at most about the learning rate, for gradients of any scale. The betas, eps,
+    # decay, clipping and warm-up are GPT-3's (appendix B); 0.95, not 0.999, follows changes faster.
     # fused: a few kernels for all tensors. They read and write 28 bytes a parameter, once.
     betas = (config.beta1, config.beta2)  # averages over about 10 and 20 steps
     adamw = torch.optim.AdamW(groups, config.max_lr, betas, config.eps, fused=True)
@@ -681,7 +684,7 @@ def train_step(
         report[0] += loss.detach()  # stays on the device: .item() would wait for it
         scaler.scale(loss).backward()  # float16 only: keeps small gradients from becoming 0
     for optimizer in optimizers.values():
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # the true norm counts
     # One bad batch must not move the weights far: a larger norm is scaled down to grad_clip.
     norm = parallel.clip_gradients(model.parameters(), grad_clip or math.inf)
     if machine.world_size > 1:
@@ -716,13 +719,12 @@ def validation_loss(model: GPT, windows: Windows, n: int, B: int, machine: Machi
 
 
 def bits_per_byte(windows: Windows, n: int) -> float:
-    """Return the bits a byte of text that a loss of 1 nat a token is, over the first `n` windows.
+    """Return what turns a loss (nats a token) over the first `n` windows into bits per byte.
 
     Tokenizers cut text into more tokens or fewer, which changes the loss of a token, but not the
     loss of the whole text. Returns 0 if the tokens stand for no text.
     """
-    blocks = (np.arange(first, min(first + 64, n)) for first in range(0, n, 64))
-    n_bytes = sum(count_bytes(windows.read(block)[1].numpy()) for block in blocks)
+    n_bytes = sum(count_bytes(windows.read(np.array([i]))[1].numpy()) for i in range(n))
     return n * windows.block_size / (math.log(2) * n_bytes) if n_bytes else 0.0
 
 
@@ -773,7 +775,8 @@ def initial_model(config: TrainConfig, state: dict[str, Any] | None) -> GPT:
     sizes, weights = plain(model.config) | {"dropout": config.dropout}, model.state_dict()
     sizes, weights = checkpoint.crop_positions(sizes, weights, config.block_size)
     for name in MODEL_FIELDS:
-        if (asked := getattr(config, name)) not in (None, has := sizes[name]):
+        asked, has = getattr(config, name), sizes[name]
+        if asked is not None and asked != has:
             raise ValueError(f"{name} {asked}: {config.init_from} has {has}: leave it out")
     return checkpoint.build_model(GPT, GPTConfig, sizes, weights)
 
@@ -820,7 +823,7 @@ def prepare(config: TrainConfig, machine: Machine) -> Run:
     size, T = model.config, model.config.block_size
     train_windows, val_windows = open_windows(config, T, size.vocab_size)
 
-    # the micro-batch: large products keep the device busy, so as many rows as fit into memory
+    # the micro-batch, and with it model.recompute: large products keep the device busy
     compiled, missing = hardware.choose_compile(config.compile, device)
     usual = PRESETS[config.preset].micro_batch_size
     B = parallel.choose_micro_batch(model, config, machine, compiled, usual)
@@ -918,14 +921,14 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
         now = every[event] and (run.finished or run.step % every[event] == 0)
         return bool(now and event not in done and not stopping)
 
-    # validation reads the same windows every time: their loss in bits a byte too, if it is text
+    # validation reads the same windows every time; of GPT-2's tokens it gives bits per byte too
     per_byte = bits_per_byte(run.val_windows, n_val) if every["val"] and gpt2_ids else 0.0
     batches = micro_batches(run.train_windows, config, B, machine, run.step, run.tokens_seen)
     stopping, skipped, unsaved = False, 0, ""  # asked to stop; steps skipped in a row; what failed
     while True:
         # once in a while: how well does it predict text that it has never seen?
         if due("val"):
-            loss = validation_loss(model, run.val_windows, n_val, B, machine)  # same windows always
+            loss = validation_loss(model, run.val_windows, n_val, B, machine)
             log.write("val", run.step, loss=loss, bpb=loss * per_byte or None)
             run.on_target |= config.target_loss is not None and loss <= config.target_loss
 

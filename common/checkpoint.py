@@ -242,7 +242,7 @@ def build_model(
     try:
         try:
             config = config_class(**model_config)
-        except ValueError as error:  # less its advice, which is for flags
+        except ValueError as error:  # without its advice, which is for flags
             raise ValueError(str(error).split(": give")[0]) from None
         weights = {name: weight.float() for name, weight in weights.items()}
         wte = weights.get("transformer.wte.weight", torch.empty(0, 0))

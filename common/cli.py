@@ -37,7 +37,9 @@ def run_command(
     complaint = io.StringIO()  # tyro draws its errors as a box: catch it and print one line instead
     try:
         with contextlib.redirect_stderr(complaint):
-            config = tyro.cli(config_class, prog=script, registry=path_flags())
+            config = tyro.cli(  # the help shows --max_steps; --max-steps works too
+                config_class, prog=script, registry=path_flags(), use_underscores=True
+            )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -166,8 +168,8 @@ def outlive_console(*streams: str) -> None:
 
     A closed terminal gives EIO, a pipe without a reader EPIPE, a log file on a full disk ENOSPC, to
     every line, progress bar and warning, and to Python itself, which then exits with code 120. For
-    a long run the console is only a report. It must not end the run. Nor must a character that the
-    console does not have.
+    a long run the console is only a report. It must not end the run, and a character that the
+    console lacks must not either.
     """
     escape_characters(*streams)
     for name in streams:

@@ -177,8 +177,8 @@ def read_config(path: Path) -> dict[str, int]:
 def other_end(path: Path) -> str | None:
     """Return the end token that a config.json names, if in GPT-2's vocabulary it is another token.
 
-    It tells another tokenizer where that has no files. Ids from 50257 on are tokens that somebody
-    has added to GPT-2's. A smaller vocabulary is never taken for GPT-2's.
+    If there are no tokenizer files, this shows that the tokenizer is not GPT-2's. Ids from 50257 on
+    are tokens that somebody has added to GPT-2's. A smaller vocabulary is never taken for GPT-2's.
     """
     given = json.loads(path.read_bytes())
     end = given.get("eos_token_id")

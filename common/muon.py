@@ -15,7 +15,7 @@ class Muon(torch.optim.Muon):
     It replaces the averaged gradient of a matrix by the nearest orthogonal matrix, so that all
     directions move equally, scaled to the size of AdamW's updates (Liu et al., 2025, section 2.2).
     Each rank does this for its share of the matrices. Then the ranks exchange the weights. Only
-    the owner of a matrix has its current momentum. Matrices that are dealt out over the ranks
+    the owner of a matrix has its current momentum. Matrices that are sharded over the ranks
     (FSDP2) need none of this: torch multiplies their parts, and sends what that needs.
     """
 

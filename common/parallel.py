@@ -1,8 +1,8 @@
-"""A model on several ranks: whole on each of them (DDP), or dealt out over them (FSDP2).
+"""A model on several ranks: whole on each of them (DDP), or sharded over them (FSDP2).
 
 Sharded, a rank keeps a part of every parameter, of its gradient and of its moments. Before a block
 runs, forward or backward, the ranks gather its weights. After it they drop them again, and its
-gradient is averaged and dealt out. So every pass is work that all ranks do together.
+gradient is averaged and scattered. So every pass is work that all ranks do together.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from common import hardware, ranks
 from common.cli import advice
 
 # -----------------------------------------------------------------------------
-# dealing out, and collecting
+# sharding, and collecting
 
 
 def spread(model: nn.Module, device: torch.device, shard: bool = False) -> nn.Module:
@@ -29,7 +29,7 @@ def spread(model: nn.Module, device: torch.device, shard: bool = False) -> nn.Mo
 
     All ranks must call it. Only rank 0's model needs numbers: those of other ranks may be on the
     meta device. They are sent tensor by tensor, so with `shard` no other rank ever holds more than
-    one whole tensor. It also turns off autocast's cache of weights, for good.
+    one whole tensor. Then it also turns off autocast's cache of weights, for good.
     """
     if not dist.is_initialized():
         return model.to(device)
@@ -76,7 +76,7 @@ def make_mesh(device: torch.device) -> DeviceMesh:
 
 
 def ranks_of_node() -> int:
-    """Return the ranks over which a model is dealt out: those of a node, or all.
+    """Return the ranks over which a model is sharded: those of a node, or all.
 
     All, if the launcher does not say how many a node has, or if each has only one rank. Raises
     ValueError if the nodes have different numbers.
@@ -136,7 +136,7 @@ def on_rank_0_whole(tensors: Any) -> Any:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-    """Scale all gradients down so that their norm is at most `most`; return it from before.
+    """Scale all gradients down so that their norm is at most `most`; return the norm before.
 
     On a CPU, torch adds up the squares of a tensor one after the other, in float32: the norm of 38
     million numbers is 0.3% too small, and that of their parts less. So on a CPU it is the norm of
@@ -175,7 +175,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 # -----------------------------------------------------------------------------
-# memory: when to deal out, and when to compute activations again
+# memory: when to shard, and when to compute activations again
 
 # Bytes of float32 state a parameter: with DDP weight, gradient and two moments, the buckets that
 # are sent, and for a short time new buckets (`hardware.try_micro_step`); sharded, the first four.
@@ -186,7 +186,7 @@ ENOUGH_TOKENS = 4096  # in a micro-batch. With fewer, a GPU waits for weights th
 
 
 def choose_shard(setting: str, n_params: int, device: torch.device) -> tuple[bool, list[str]]:
-    """Return whether to deal the model out over the ranks, and a note with the numbers if so.
+    """Return whether to shard the model over the ranks, and a note with the numbers if so.
 
     `auto` does it if DDP's state would not leave enough of a GPU's memory. Raises ValueError if it
     is asked for and there is only one rank.
@@ -210,7 +210,7 @@ def choose_shard(setting: str, n_params: int, device: torch.device) -> tuple[boo
     )
     of = f" of {has / 1e9:,.0f} GB" if cuda else ""
     return True, [
-        f"the model is dealt out over {parts} ranks: {own} of weights, gradients and moments on "
+        f"the model is sharded over {parts} ranks: {own} of weights, gradients and moments on "
         f"each{of} (DDP: up to {ddp}). A checkpoint has {file}, and rank 0 needs that much main "
         "memory to write it"
     ]

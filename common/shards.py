@@ -156,7 +156,7 @@ WHOLE_NAME = re.compile(r"(?:(?P<set>.*)_)?(?P<split>train|val)\.bin")
 def token_files(data_dir: Path) -> dict[str, list[Path]]:
     """Return the token files of each split (train, val) in sorted order.
 
-    They are told by their names: `*_train_*.npy`, `*_train_*.bin`, or one file for the whole split,
+    Their names show which: `*_train_*.npy`, `*_train_*.bin`, or one file for the whole split,
     as llm.c (`*_train.bin`) and nanoGPT (`train.bin`) write it. Raises ValueError if files of
     whole splits are there that do not belong together.
     """

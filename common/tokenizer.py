@@ -166,7 +166,7 @@ class Gigatoken:
             raise GigatokenError(f"gigatoken fails ({one_line(error)})") from None
 
     def encode(self, text: str) -> np.ndarray:
-        """The same, with errors of all kinds."""
+        """Return the tokens of a text. It may raise anything, even what is no Exception."""
         self.chars += len(text)
         if self.chars >= self.look_at:
             self.look_at = self.chars + (1 << 20)

@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer as the files of a Hugging Face folder: written, and told from other ones."""
+"""GPT-2's tokenizer as the files of a Hugging Face folder: written, and recognised."""
 
 import functools
 import json

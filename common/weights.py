@@ -13,7 +13,7 @@ from common.foreign import STAND_INS, from_nanogpt, refuse_foreign, refuse_forei
 from common.huggingface import CONFIG, INDEX, WEIGHTS, read_huggingface
 from common.paths import walk
 
-# A name that ends so is a file's, which the hub is not asked for.
+# A name with such an ending is a file's: the hub is not asked for it.
 FILE_ENDINGS = (
     ".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json", ".gguf", ".h5", ".msgpack", ".npz",
 )  # fmt: skip

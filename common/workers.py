@@ -30,8 +30,8 @@ def count_cores() -> int:
 def cgroup_cores(root: Path = Path("/")) -> float:
     """Return the cores that the CPU limit of this process's cgroup is worth; infinity without one.
 
-    `docker run --cpus=2` and Kubernetes set such a limit: microseconds of work in each period. That
-    of a parent holds too. A container may see its own cgroup as the root, under another path than
+    `docker run --cpus=2` and Kubernetes set such a limit: microseconds of work in each period. A
+    parent's counts too. A container may see its own cgroup as the root, under another path than
     /proc says, so all levels up to the root are looked at, and those that are missing are left out.
     Source: the kernel's cgroup-v2.rst and, for version 1, sched-bwc.rst.
     """
@@ -65,7 +65,7 @@ def cgroup_cores(root: Path = Path("/")) -> float:
 
 
 def resident_memory() -> int | None:
-    """Return the bytes of memory that this process has now; None where only Linux tells."""
+    """Return the bytes of memory that this process has now; None on other systems than Linux."""
     try:
         pages = Path("/proc/self/statm").read_text("ascii").split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")

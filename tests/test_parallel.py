@@ -107,7 +107,7 @@ def test_sharded_ranks_equal_one_process(data_dir, tmp_path, one_process, case):
     settings = {**HARD, **changes, "data_dir": data_dir}
     settings |= dict(out_dir=tmp_path / "sharded", shard="on")
     first, *others = train_ranks(tmp_path, world_size, settings, node)
-    assert f"dealt out over {node or world_size} ranks" in first.out
+    assert f"sharded over {node or world_size} ranks" in first.out
     if node:  # the copies of the nodes
         copies = [rank.out.split()[-1] for rank in (first, *others)]
         assert copies[:2] == copies[2:] and copies[0] != copies[1]
@@ -458,7 +458,7 @@ def outline(preset: str) -> GPT:
         ("gpt3-13b", 141, True),
     ],
 )
-def test_a_model_is_dealt_out_where_it_would_not_fit_and_only_there(preset, gigabytes, sharded):
+def test_a_model_is_sharded_where_it_would_not_fit_and_only_there(preset, gigabytes, sharded):
     model, device = outline(preset), torch.device("cuda")
     with Cards(gigabytes * 1e9):
         for setting, expected in (("auto", sharded), ("on", True), ("off", False)):

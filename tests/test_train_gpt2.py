@@ -757,7 +757,7 @@ def good(folder):
         (good, {"micro_batch_size": 5}, "--micro_batch_size 4"),
         (good, {"n_head": 3}, "n_head 3 does not divide n_embd 32"),
         (good, {"no_such_flag": 1}, "no_such_flag"),
-        (good, {"n_layer": "two"}, "n-layer"),
+        (good, {"n_layer": "two"}, "n_layer"),
         (good, {"total_batch_size": 16000}, "windows of 16 tokens"),
     ],
 )
