@@ -210,7 +210,7 @@ def look_around(config: BenchConfig) -> dict[str, Any]:
         no_compile = "" if compiling else " ".join(missing) or f"--compile {config.compile}"
         return {
             "device_type": machine.device.type,
-            "device": torch.cuda.get_device_name(machine.device) if cuda else cpu,
+            "device": hardware.device_name(machine.device) if cuda else cpu,
             "dtype": str(machine.dtype).removeprefix("torch."),
             "no_compile": no_compile,
             "cpu": cpu,
@@ -270,8 +270,7 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
             hardware.wait_for(device)
             seconds.append(time.perf_counter() - start)
             cpu_seconds.append(time.process_time() - cpu_start)
-        peak, size = hardware.peak_flops(device), model.config
-        token_flops = hardware.flops_per_token(model.n_params, size.n_layer, size.n_embd, T)
+        flops, peak = hardware.flops_of_run(model, device, world_size=1).values()
         return {
             "compiled": rung.compile != "no",
             "first_step": seconds[0],
@@ -281,7 +280,7 @@ def measure(rung: Rung, config: BenchConfig, cache_dir: str | None = None) -> di
             "peak_memory": hardware.peak_memory(device),
             "micro_batch_size": B,
             "batch_tokens": B * T * accum,
-            "mfu_seconds": token_flops / peak * B * T * accum if peak else None,
+            "mfu_seconds": flops / peak * B * T * accum if peak else None,
         }
 
 

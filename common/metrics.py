@@ -184,7 +184,7 @@ class Curves:
         self.events: dict[str, list[dict]] = {}
         self.left_out: Counter[str] = Counter()
         hours, last_time = 0.0, None
-        for line in self.path.read_text("utf-8", "replace").splitlines():
+        for line in read_lines(self.path):
             try:
                 entry = json.loads(line)
                 event, step, now = entry["event"], entry["step"], entry["time"]
