@@ -25,7 +25,7 @@ import sys
 import time
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -298,11 +298,14 @@ def token_losses(model: nn.Module, batch: list[Row], device: torch.device) -> tu
 
 
 @torch.no_grad()
-def ending_losses(model: nn.Module, questions: Questions, machine: Any) -> Tensor:
+def ending_losses(
+    model: nn.Module, questions: Questions, machine: Any, signals: Sequence[int] = ()
+) -> Tensor:
     """Return the loss of every ending, summed over its tokens: (n, 4), the same on every rank.
 
     Batches are made first and then shared out to the ranks, so the result does not depend on the
-    number of ranks. Raises ValueError if the model's vocabulary is too small.
+    number of ranks. Raises ValueError if the model's vocabulary is too small, and StopAsked, on all
+    ranks, if a signal has arrived on one of them.
     """
     from tqdm import tqdm
 
@@ -322,8 +325,8 @@ def ending_losses(model: nn.Module, questions: Questions, machine: Any) -> Tenso
     hidden = None if machine.is_main else True  # None: a progress bar on terminals only
     # every batch has another shape: a compiled model would be compiled again for each
     eager = torch.compiler.set_stance("force_eager")
-    with parallel.evaluating(model), machine.autocast, eager:
-        for batch in tqdm(own, desc="HellaSwag", leave=False, disable=hidden):
+    with parallel.evaluating(model, signals) as passes, machine.autocast, eager:
+        for batch in passes(tqdm(own, desc="HellaSwag", leave=False, disable=hidden)):
             with attention_for_any_shape():
                 of_tokens, endings = token_losses(model, batch or batches[0], device)
             if batch:
@@ -350,9 +353,14 @@ def summarize(questions: Questions, losses: Tensor) -> dict[str, Any]:
     return result | {"n": n}
 
 
-def score(model: nn.Module, questions: Questions, machine: Any) -> dict[str, Any]:
-    """Return style, acc, acc_norm, their standard errors and n, the same on every rank."""
-    return summarize(questions, ending_losses(model, questions, machine))
+def score(
+    model: nn.Module, questions: Questions, machine: Any, signals: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Return style, acc, acc_norm, their standard errors and n, the same on every rank.
+
+    Raises StopAsked, on all ranks, if a signal has arrived on one of them.
+    """
+    return summarize(questions, ending_losses(model, questions, machine, signals))
 
 
 def questions_for_training(machine: Any) -> Questions | None:

@@ -19,7 +19,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint as checkpoint_block
 
 from common import checkpoint, cli, hardware, parallel, ranks
@@ -96,8 +97,8 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in MODEL_FIELDS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: give a positive number")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} {getattr(self, name)}: give a number from 1 up to 2^31")
         if self.n_embd % self.n_head:
             near = hardware.nearest_divisors(self.n_embd, self.n_head)
             raise ValueError(
@@ -131,13 +132,13 @@ class TrainConfig:
     dropout: float = 0.0  # probability; 0 is best if the data is read about once
     init_from: str | None = None  # model to start from: checkpoint, run, folder, hub name
     # batch
-    total_batch_size: int | None = None  # tokens a step, over all ranks
+    total_batch_size: int | None = None  # tokens a step, over all ranks (the preset's)
     micro_batch_size: int | None = None  # rows at a time on a device (CUDA: what fits; else 8)
     batch_ramp_tokens: int = 0  # grow the batch linearly over this many tokens
     batch_ramp_start: int = 32768  # tokens a step at the start; every batch is a multiple of it
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks
-    max_steps: int | None = None  # the budget of the run, in steps of total_batch_size
+    max_steps: int | None = None  # budget, in steps of total_batch_size (19073; tiny: 380)
     warmup_steps: int | None = None  # linear warm-up (715, or a tenth of max_steps if less)
     max_lr: float | None = None  # peak learning rate; a tenth of the preset's with --init_from
     # after warm-up; linear: down to zero; wsd: constant, and down only at the end
@@ -187,16 +188,15 @@ class TrainConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the class is frozen
         for name, value in vars(self).items():
-            at_least = int(name.endswith(("_size", "_start", "max_steps", "val_tokens")))
-            below = 1 if name in ("dropout", "beta1", "beta2", "muon_momentum") else math.inf
-            if isinstance(value, int | float) and not at_least <= value < below:
-                limit = f"{at_least} or more" if below > 1 else "0 or more, below 1"
-                raise ValueError(f"{name} {value}: give a number of {limit}")
+            low = int(name.endswith(("_size", "_start", "max_steps", "val_tokens")))
+            high = 1 if name in ("dropout", "beta1", "beta2", "muon_momentum") else 2**63
+            if isinstance(value, int | float) and not low <= value < high:
+                raise ValueError(f"{name} {value}: give a number from {low} up to {high:g}")
         if self.warmup_tokens > self.budget or self.decay_fraction > 1:
             given = f"warmup_steps {self.warmup_steps}, decay_fraction {self.decay_fraction}"
             raise ValueError(f"{given}: give at most {self.max_steps} (max_steps) and 1")
         if self.target_loss is not None and not (self.target_loss and self.eval_every):
-            raise ValueError("give --target_loss above 0, and --eval_every, which looks for it")
+            raise ValueError(f"target_loss {self.target_loss}: give more than 0, and --eval_every")
         if self.batch_ramp_tokens and self.total_batch_size % self.batch_ramp_start:
             raise ValueError(
                 f"batch_ramp_start {self.batch_ramp_start} does not divide total_batch_size "
@@ -405,8 +405,6 @@ def read_model(name_or_path: str | Path | None) -> GPT:
 
 def compile_model(model: GPT) -> None:
     """Compile in place, block by block: all blocks share one graph, so it is compiled once."""
-    from torch._functorch import config as functorch
-
     # On a CPU the backward pass computes norms, GELU and casts again instead of storing them: as
     # fast, in an eighth less memory at 124M (benchmarks/ladder_cpu.md). Sharded, it would otherwise
     # keep a bfloat16 copy of every whole block: 26 GB at 13B.
@@ -467,12 +465,10 @@ class Windows:
         while count:
             epoch, first = divmod(start, len(self))
             n = min(count, len(self) - first)
-            if seed is None:
-                parts.append(np.arange(first, first + n))
-            else:
-                if self._order[0] != (seed, epoch):  # drawn once an epoch
-                    self._order = ((seed, epoch), window_order(len(self), seed, epoch))
-                parts.append(self._order[1][first : first + n])
+            if seed is not None and self._order[0] != (seed, epoch):  # drawn once an epoch
+                self._order = ((seed, epoch), window_order(len(self), seed, epoch))
+            in_order = np.arange(first, first + n)
+            parts.append(in_order if seed is None else self._order[1][in_order])
             start, count = start + n, count - n
         return np.concatenate(parts)
 
@@ -703,11 +699,13 @@ def train_step(
 
 
 @torch.no_grad()
-def validation_loss(model: GPT, windows: Windows, n: int, B: int, machine: Machine) -> float:
+def validation_loss(
+    model: GPT, windows: Windows, n: int, B: int, machine: Machine, signals: Sequence[int] = ()
+) -> float:
     """Return the mean loss over the first `n` windows, read B at a time on every rank."""
     total, mine = 0.0, machine.rank * B
-    with parallel.evaluating(model), machine.autocast:
-        for first in range(0, n, machine.world_size * B):  # equally many passes on every rank
+    with parallel.evaluating(model, signals) as passes, machine.autocast:
+        for first in passes(range(0, n, machine.world_size * B)):  # equally many on every rank
             rows = max(0, min(B, n - first - mine))
             x, y = windows.read(np.arange(first + mine, first + mine + rows))
             # fill up with rows that do not count: torch would compile again for another shape
@@ -753,7 +751,7 @@ class Run:
     step: int = 0  # updates done
     tokens_seen: int = 0
     on_target: bool = False  # a validation loss was at or below --target_loss
-    closed: bool = False  # the end was written down already
+    closed: bool = False  # it has come to its end, and that is written down
 
     @property
     def finished(self) -> str:
@@ -874,7 +872,7 @@ def train(config: TrainConfig) -> None:
                 ranks.on_rank_0(stack.enter_context, locked(config.out_dir))
             run = prepare(config, machine)
             signals = cli.collect_stop_signals()  # they end the run after a whole step, and save
-            if run.finished and run.closed:
+            if run.closed:
                 machine.print(f"{config.out_dir}: the run is finished after {run.step} steps")
             else:
                 log = open_log(run, time.perf_counter() - start)
@@ -889,7 +887,7 @@ def train(config: TrainConfig) -> None:
             what_to_do = f"{what_to_do} and --micro_batch_size {smaller}" if smaller else one_row
         error.add_note(what_to_do)
         raise
-    if not run.finished:
+    if not run.closed:
         machine.print("stopped as asked: continue with the same command and --resume")
         if not ranks.launched():  # torchrun would count it as a failure
             sys.exit(128 + signals[0])
@@ -926,20 +924,23 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
     batches = micro_batches(run.train_windows, config, B, machine, run.step, run.tokens_seen)
     stopping, skipped, unsaved = False, 0, ""  # asked to stop; steps skipped in a row; what failed
     while True:
-        # once in a while: how well does it predict text that it has never seen?
-        if due("val"):
-            loss = validation_loss(model, run.val_windows, n_val, B, machine)
-            log.write("val", run.step, loss=loss, bpb=loss * per_byte or None)
-            run.on_target |= config.target_loss is not None and loss <= config.target_loss
+        try:
+            # once in a while: how well does it predict text that it has never seen?
+            if due("val"):
+                loss = validation_loss(model, run.val_windows, n_val, B, machine, signals)
+                log.write("val", run.step, loss=loss, bpb=loss * per_byte or None)
+                run.on_target |= config.target_loss is not None and loss <= config.target_loss
 
-        # once in a while: does it know how a story continues? (25% is guessing)
-        if due("hellaswag"):
-            log.write("hellaswag", run.step, **score(model, questions, machine))
+            # once in a while: does it know how a story continues? (25% is guessing)
+            if due("hellaswag"):
+                log.write("hellaswag", run.step, **score(model, questions, machine, signals))
 
-        # once in a while: what does it write? (the same prompt and seed each time, to compare)
-        if due("sample"):
-            for text in sample_text(model, config.seed, machine.autocast):
-                log.write("sample", run.step, text=text)
+            # once in a while: what does it write? (the same prompt and seed, to compare)
+            if due("sample"):
+                for text in sample_text(model, config.seed, machine.autocast):
+                    log.write("sample", run.step, text=text)
+        except parallel.StopAsked:  # a resumed run evaluates here again
+            stopping = True
 
         # once in a while, and before leaving: save everything that the next step depends on
         if due("checkpoint") or run.finished or stopping:
@@ -948,16 +949,15 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
         if run.finished or stopping:
             if unsaved:  # this must not look like success
                 raise OSError(f"{unsaved} and continue with --resume")
-            if run.finished:  # the final weights, for other programs
+            if not stopping:  # the final weights, for other programs
                 folder = config.out_dir / "hf"
                 weights = parallel.on_rank_0_whole(dict(model.named_parameters()))
                 facts = run_facts(config.out_dir)  # for the model card: loss, data, commit
                 with advice("make room, then run export.py"):
                     ranks.on_rank_0(write_huggingface, plain(model.config), weights, folder, facts)
-            log.write(
-                "end", run.step, why=run.finished or "signal", tokens_seen=run.tokens_seen,
-                peak_memory=hardware.peak_memory(machine.device),
-            )  # fmt: skip
+            why = "signal" if stopping else run.finished
+            log.write("end", run.step, why=why, tokens_seen=run.tokens_seen)
+            run.closed = not stopping
             return
         if unsaved:  # the older checkpoints are still there, so training may continue
             log.say(f"warning: {unsaved}")

@@ -99,8 +99,9 @@ def restore_run(run: Any, state: dict[str, Any]) -> None:
     torch.set_rng_state(parallel.from_rank_0(state["rng"], next(run.model.parameters())).cpu())
     run.step, run.tokens_seen = state["step"], state["windows_seen"] * run.train_windows.block_size
     log, target = (run.trunk or run.config.out_dir) / METRICS, run.config.target_loss
-    best, run.closed = ranks.on_rank_0(how_it_went, log, run.step)
+    best, ended = ranks.on_rank_0(how_it_went, log, run.step)
     run.on_target = target is not None and best <= target
+    run.closed = ended and bool(run.finished)  # it may have got a larger budget
     if run.trunk and run.finished:
         more = "a larger --max_steps" if run.finished == "budget" else "a lower --target_loss"
         what = f"{run.trunk} has reached its {run.finished} at step {run.step}"
@@ -108,14 +109,14 @@ def restore_run(run: Any, state: dict[str, Any]) -> None:
     branch = f", as a branch of {run.trunk}" if run.trunk else ""
     run.notes.append(f"continuing after step {run.step}{branch}")
     # a resumed run may have another length, a branch another schedule too
-    names = ("max_steps", *(SAME_IN_ONE_RUN if run.trunk else ()))
+    names = ("max_steps", "val_tokens", *(SAME_IN_ONE_RUN if run.trunk else ()))
     if changed := differences(state["train_config"], plain(run.config), names):
         run.notes.append(f"changed: {'; '.join(changed)}")
 
 
 def checkpoint_paths(out_dir: Path) -> list[Path]:
     """Return the checkpoints of a run, newest first."""
-    found = [path for path in out_dir.glob("ckpt_*.pt") if path.stem[5:].isdigit()]
+    found = [path for path in out_dir.glob("ckpt_*.pt") if path.stem[5:].isdecimal()]
     return sorted(found, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
@@ -339,6 +340,9 @@ def check_same_run(
     """
     names, sizes = SAME_IN_A_BRANCH if branch else SAME_IN_ONE_RUN, state["model_config"]
     given = [name for name in sizes if train_config.get(name) is not None]
+    # The origin of the weights may be left out, because files move. It may not be another one.
+    origin = "init_from" if branch else "branch_from"
+    names = (*names, *([origin] if train_config[origin] is not None else []))
     differ = differences(state["train_config"], train_config, names)
     differ += differences(sizes, train_config, given)
     differ += differences({"data": state["data"]}, {"data": data}, ["data"])

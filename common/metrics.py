@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def read_earlier(path: Path, step: int, branch: bool = False) -> Earlier:
                 earlier.lines.append(line + "\n")
                 earlier.events.add((entry["event"], entry["step"]))
                 earlier.wandb_id = None if branch else entry.get("wandb_id", earlier.wandb_id)
-                if entry["event"] == "val":
+                if entry["event"] == "val" and entry["loss"] is not None:  # it was a number
                     earlier.best_loss = min(earlier.best_loss, entry["loss"])
                 elif entry["event"] == "end" and entry["why"] != "signal":
                     earlier.ended_at = entry["step"]
@@ -149,14 +150,16 @@ def is_number(value: Any) -> bool:
 
 
 def settings_of(about: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings in a run event that can change the numbers."""
+    """Return what a run event says of all that can change the numbers: settings, data, code."""
     known: dict[str, Any] = {}
     for name in ("config", "model_config"):
         part = about.get(name)
         known.update(part if isinstance(part, dict) else {})
-    for name in ("device", "world_size", "dtype", "compile", "micro_batch_size"):
+    for name in ("device", "world_size", "dtype", "compile", "micro_batch_size", "data"):
         if name in about:
             known[name] = about[name]
+    if isinstance(commit := about.get("git_hash"), str):
+        known["commit"] = commit[:10] + "-dirty" * commit.endswith("-dirty")
     return {name: value for name, value in known.items() if name not in HOUSEKEEPING}
 
 
@@ -214,18 +217,25 @@ class Curves:
         """Return the settings that can change a run's numbers, as its last start recorded them.
 
         A branch has those of its trunk too, where they differ. The path of its checkpoint, which is
-        another one for each seed, becomes the step at which it branched off.
+        another one for each seed, becomes the step at which it branched off. A budget, a validation
+        set or a commit that changed on the way is there with the step up to which it held.
         """
-        known, trunk, step = settings_of(self.about), {}, None
-        if branch := known.get("branch_from"):
-            for run in self.events["run"]:
-                before = settings_of(run)
-                if before.get("branch_from") != branch:
-                    trunk, step = before, None
-                elif step is None:
-                    step = run["step"]
-        if trunk and step is not None:
-            known["branch_from"] = f"step {step:g}"
+        known, trunk = settings_of(self.about), {}
+        starts: list[tuple[float, dict[str, Any]]] = []  # of this run or branch: step, settings
+        branch = known.get("branch_from")
+        for run in self.events.get("run", []):
+            before = settings_of(run)
+            if branch and before.get("branch_from") != branch:
+                trunk, starts = before, []
+            else:  # a start from which no step is left does not count
+                starts = [start for start in starts if start[0] < run["step"]]
+                starts.append((run["step"], before))
+        for (_, before), (step, after) in pairwise(starts):
+            for name in ("max_steps", "val_tokens", "commit"):
+                if before.get(name) != after.get(name):
+                    known[f"{name} until step {step:g}"] = before.get(name)
+        if trunk and starts:
+            known["branch_from"] = f"step {starts[0][0]:g}"
             trunk = {name: value for name, value in trunk.items() if value != known.get(name)}
             known |= {f"trunk's {name}": trunk[name] for name in trunk.keys() - {"seed"}}
         return known

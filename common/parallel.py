@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -163,15 +163,36 @@ def is_sharded(part: Any) -> bool:
     return hasattr(part, "reshard") or hasattr(part, "full_tensor")
 
 
+class StopAsked(Exception):  # noqa: N818 - it is no error
+    """A signal has asked some rank to stop: an evaluation ends without a result, on all ranks."""
+
+
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Let a model predict without dropout in this block. All ranks do equally many passes in it."""
+def evaluating(model: nn.Module, signals: Sequence[int] = ()) -> Iterator[Callable]:
+    """Let a model predict without dropout in this block. All ranks do equally many passes in it.
+
+    Gives a function for the loop over the passes: it ends the loop when a signal has arrived. The
+    block then raises StopAsked, if it has arrived on any rank.
+    """
+    device = next(model.parameters()).device
+    # Sharded passes are work of all ranks, and on CPUs all of HellaSwag takes hours: no rank may
+    # leave alone, or wait for one that goes on. On GPUs, agreeing would cost more than it saves.
+    agree = is_sharded(model) or device.type == "cpu"
+
+    def passes(steps: Iterable) -> Iterator:
+        for step in steps:
+            if ranks.all_sum(bool(signals), device) if agree else signals:
+                return
+            yield step
+
     training = model.training
     model.eval()
-    yield
+    yield passes
     model.train(training)
     if is_sharded(model):  # after a pass the embedding is still whole, for the head or a next pass
         model.reshard()
+    if ranks.all_sum(bool(signals), device):
+        raise StopAsked
 
 
 # -----------------------------------------------------------------------------

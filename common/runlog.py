@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from common import hardware, parallel
 from common.cli import plain
 from common.dashboards import TensorBoard, WeightsAndBiases, check_installed
@@ -62,6 +64,7 @@ class RunLog:
         self.kept: set[tuple[str, int]] = set()
         self.file: TextIO | None = None  # None: write nothing
         self.profiler: StepProfiler | None = None
+        self.device: torch.device | None = None  # whose peak memory belongs to the end
         if not is_main:
             return
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -114,7 +117,12 @@ class RunLog:
                 self.clock.watch_compiler()
         elif event == "train":
             values |= self.speed(values["batch_tokens"], values["dt"])
+        elif event == "end" and self.device:
+            values["peak_memory"] = hardware.peak_memory(self.device)
         entry = {"event": event, "step": step, "time": time.time(), **values}
+        for name, value in values.items():  # JSON has no NaN: the loss after a run has diverged
+            if isinstance(value, float) and not math.isfinite(value):
+                entry[name] = None
         self.totals.add(entry)
         if event == "end":
             self.console.say_held()
@@ -198,6 +206,7 @@ def open_log(run: Any, startup_seconds: float) -> RunLog:
     config, machine, model = run.config, run.machine, run.model
     boards = config.tensorboard, config.wandb
     log = RunLog(config.out_dir, run.step, machine.is_main, *boards, run.trunk)
+    log.device = machine.device
     log.write(
         "run", run.step, config=plain(config), model_config=plain(model.config),  # as JSON types
         n_params=model.n_params, data=run.data, device=hardware.device_name(machine.device),

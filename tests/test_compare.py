@@ -100,10 +100,36 @@ def test_a_setting_that_is_not_given_is_as_one_that_an_older_version_did_not_hav
     assert names([new, old]) == [["new", "old"]]
 
 
-def test_runs_on_different_devices_are_not_a_group(tmp_path):
+@pytest.mark.parametrize("fact", ["device", "data", "git_hash"])
+def test_runs_of_different_devices_data_or_code_are_not_a_group(tmp_path, fact):
     one, two = seeds(tmp_path / "a", [3, 3])
-    one.about["device"], two.about["device"] = "H100", "H200"
+    one.about[fact], two.about[fact] = "one", "two"
     assert len(grouped([one, two])) == 2
+    two.about[fact] = "one"
+    assert len(grouped([one, two])) == 1
+
+
+def restarted(folder: Path, seed: int, *starts: tuple[int, int]) -> Curves:
+    """A run that was started at these steps, with these budgets."""
+    path = write_run(folder / str(seed), seed=seed) / "metrics.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    run = json.loads(first)
+    lines = [
+        json.dumps({**run, "step": step, "config": {**run["config"], "max_steps": budget}}) + "\n"
+        for step, budget in starts
+    ]
+    path.write_text("".join([*lines, *others]))
+    return Curves(path)
+
+
+def test_a_run_that_got_a_longer_budget_on_the_way_is_no_seed_of_others(tmp_path):
+    longer = restarted(tmp_path, 1, (0, 20), (15, 40))
+    assert longer.settings()["max_steps until step 15"] == 20
+    assert differ_only_in_seed(longer, restarted(tmp_path, 2, (0, 20), (15, 40)))
+    whole = restarted(tmp_path, 3, (0, 40), (7, 40))
+    assert not differ_only_in_seed(longer, whole)
+    again = restarted(tmp_path, 4, (0, 20), (0, 40))  # the first start left no step
+    assert differ_only_in_seed(whole, again)
 
 
 def test_folders_of_the_same_name_are_told_apart_by_their_whole_path(tmp_path):

@@ -201,6 +201,13 @@ def evaluate_together(rank: int, model: GPT, questions: Questions, data_dir: Pat
         validation = validation_loss(sharded, windows, 5, 2, machine)
         scored = ending_losses(sharded, questions, machine)
         texts = sample_text(sharded, seed=1)
+        # A signal on one rank ends an evaluation on both, in the same pass.
+        for evaluate in (
+            lambda signals: validation_loss(sharded, windows, 5, 2, machine, signals),
+            lambda signals: ending_losses(sharded, questions, machine, signals),
+        ):
+            with pytest.raises(parallel.StopAsked):
+                evaluate([15] * rank)
         left = [name for name, p in sharded.named_parameters() if not parallel.is_sharded(p)]
         assert not left and not sharded.training, "the parts and the mode are as before"
         print(json.dumps([validation, scored.tolist(), texts]))

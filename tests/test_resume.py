@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import RUN, losses, read_metrics, run_train
 
+import train_gpt2
 from common.checkpoint import build_model, read_checkpoint
 from common.cli import explain
 from train_gpt2 import GPT, GPTConfig, TrainConfig, Windows, learning_rate, load_model
@@ -124,8 +125,11 @@ def test_another_run_is_not_resumed_but_another_length_is(data_dir, tmp_path, ca
     ) as e:
         run_train(data_dir, tmp_path, resume=True, max_steps=4, seed=7, n_layer=3)
     assert "--init_from takes over the weights alone" in explain(e.value)
-    longer = run_train(data_dir, tmp_path, resume=True, max_steps=6)
-    assert "max_steps was 4, is now 6" in capsys.readouterr().out
+    longer = run_train(data_dir, tmp_path, resume=True, max_steps=6, val_tokens=32)
+    changed = f"max_steps was 4, is now 6; val_tokens was {RUN['val_tokens']}, is now 32"
+    assert changed in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"branch_from was None, is now elsewhere"):
+        run_train(data_dir, tmp_path, resume=True, max_steps=6, branch_from=Path("elsewhere"))
     assert [m["step"] for m in longer if m["event"] == "train"] == list(range(6))
 
 
@@ -154,6 +158,34 @@ def test_a_run_ends_at_the_first_validation_loss_at_the_target_and_stays_finishe
     longer = run_train(data_dir, tmp_path / "short", resume=True, **settings)
     assert losses(longer) == losses(whole), "without the target it goes on"
     assert end_of(longer) == [(4, "target"), (12, "budget")]
+
+
+@pytest.mark.parametrize("at", [4, 10], ids=["in the middle", "at the end"])
+def test_a_signal_ends_an_evaluation_at_once_and_the_resumed_run_repeats_it(
+    data_dir, tmp_path, monkeypatch, at
+):
+    whole = run_train(data_dir, tmp_path / "whole", eval_every=2)
+    signals, passes, validation = [], [], train_gpt2.validation_loss
+
+    def evaluate(model, windows, *args):
+        if len(losses(read_metrics(tmp_path / "cut"))) == at:  # in its first pass
+            read = windows.read
+            windows.read = lambda rows: passes.append(rows) or signals.append(15) or read(rows)
+        return validation(model, windows, *args)
+
+    monkeypatch.setattr("train_gpt2.cli.collect_stop_signals", lambda: signals)
+    monkeypatch.setattr(train_gpt2, "validation_loss", evaluate)
+    with pytest.raises(SystemExit) as stopped:
+        run_train(data_dir, tmp_path / "cut", eval_every=2, val_tokens=2000)
+    assert stopped.value.code == 128 + 15 and len(passes) == 1
+    cut = read_metrics(tmp_path / "cut")
+    assert (tmp_path / "cut" / f"ckpt_{at:06d}.pt").exists() and end_of(cut) == [(at, "signal")]
+    assert not (tmp_path / "cut" / "hf").exists(), "an export would look like the end"
+    monkeypatch.undo()
+    resumed = run_train(data_dir, tmp_path / "cut", eval_every=2, val_tokens=2000, resume=True)
+    steps = [[m["step"] for m in run if m["event"] == "val"] for run in (whole, resumed)]
+    assert steps[0] == steps[1] and losses(resumed) == losses(whole)
+    assert end_of(resumed)[-1] == (10, "budget") and (tmp_path / "cut" / "hf").exists()
 
 
 def test_a_target_that_was_passed_before_the_checkpoint_ends_the_resumed_run(data_dir, tmp_path):
@@ -273,6 +305,7 @@ def test_a_branch_says_what_it_changes_and_takes_the_command_of_its_trunk(
     ("changes", "message"),
     [
         (dict(seed=7), r"a branch cannot change \(seed was 1337, is now 7\)"),
+        (dict(init_from="gpt2"), r"a branch cannot change \(init_from was None, is now gpt2\)"),
         (dict(max_steps=12), r"has reached its budget at step 12: give a larger --max_steps"),
         (dict(target_loss=9.0), r"has reached its target at step 12: give a lower --target_loss"),
         (dict(branch_from=Path("nowhere.pt")), "nowhere.pt: no such checkpoint"),

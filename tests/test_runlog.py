@@ -361,6 +361,17 @@ def test_short_steps_print_a_line_a_second_and_the_first_and_last_step_always(
     assert shown() == [39], "after an error nothing follows"
 
 
+def test_a_loss_that_is_no_number_leaves_lines_of_strict_json(tmp_path, capsys):
+    with RunLog(tmp_path, 0, is_main=True) as log:
+        log.write("val", 3, loss=math.nan, bpb=math.inf)
+    assert "validation loss nan" in capsys.readouterr().out
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    entry = json.loads(line, parse_constant=pytest.fail)
+    assert entry["loss"] is None and entry["bpb"] is None
+    with RunLog(tmp_path, 3, is_main=True) as log:
+        assert log.kept == {("val", 3)}
+
+
 @pytest.mark.parametrize("last", ["train", "skip"])
 def test_the_closing_block_comes_last(tmp_path, monkeypatch, capsys, last):
     log = start_log(tmp_path, monkeypatch, on_terminal=False)
