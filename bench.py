@@ -72,6 +72,10 @@ class BenchConfig:
             path = getattr(self, name)
             if path and not path.absolute().parent.is_dir():
                 raise ValueError(f"{name} {path}: no such folder: create it first")
+            if path and path.is_dir():
+                raise ValueError(f"{name} {path}: a folder: give a file")
+        if self.plot and self.plot.suffix not in (".png", ".svg"):
+            raise ValueError(f"plot {self.plot}: give a name that ends in .png or .svg")
 
     def train_config(self) -> TrainConfig:
         """Return the same settings as a configuration of train_gpt2.py."""

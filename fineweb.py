@@ -82,8 +82,8 @@ class DataConfig:
         least = {"shard_size": 2, "max_tokens": 2, "num_proc": 1, "retry_minutes": 0}
         for name, value in least.items():
             given = getattr(self, name)
-            if given is not None and given < value:
-                raise ValueError(f"--{name} is {given}: make it {value} or more")
+            if given is not None and not value <= given < 1e15:
+                raise ValueError(f"--{name} is {given}: make it {value} or more, up to 1e15")
 
     @property
     def config_name(self) -> str | None:

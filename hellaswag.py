@@ -67,8 +67,8 @@ class HellaSwagConfig:
     out: Path | None = None  # JSON lines: one for each example, and a last one with the summary
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit {self.limit}: give a number of 1 or more")
+        if self.limit is not None and not 1 <= self.limit < 2**31:
+            raise ValueError(f"--limit {self.limit}: give a number from 1 up to 2^31")
 
 
 # -----------------------------------------------------------------------------
@@ -390,6 +390,9 @@ def find_questions(config: HellaSwagConfig) -> Questions:
         raise ValueError(
             f"--out {out} cannot be written: give a file in a folder that you may write to"
         )
+    taken = (Path(path) for path in (config.model, config.data) if path)
+    if out and out.exists() and any(path.exists() and out.samefile(path) for path in taken):
+        raise ValueError(f"--out {out} is the model or the data itself: give another file")
     with advice("check --data" if config.data else what_to_do):
         path = ensure_data(config.data)
     return load_questions(path, config.style, config.limit)

@@ -11,6 +11,7 @@ highest seed.
 
 import io
 import math
+import os
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ def labels(groups: list[Group]) -> list[str]:
     for group, known in zip(groups, settings, strict=True):
         differences = ", ".join(f"{key} {known[key]}" for key in differ if key in known)
         label = f"{group.name}: {differences}" if differences else group.name
+        # a name that is no text (not UTF-8), or that matplotlib would take for mathematics
+        label = "".join(c if c.isprintable() else "?" for c in label).replace("$", r"\$")
         found.append(f"{label}\n    {group.spread()}" if len(group.runs) > 1 else label)
     return found
 
@@ -318,9 +321,9 @@ def curve(group: Group, panel: Panel, x: str) -> tuple[np.ndarray, np.ndarray]:
 
 def draw(runs: list[Curves], x: str, target: float | None = None) -> tuple["Figure", list[str]]:
     """Return the picture of some runs, and the titles of the panels that have no numbers."""
+    os.environ["MPLBACKEND"] = "Agg"  # it draws files; a wrong one would be an error
     import matplotlib
 
-    matplotlib.use("Agg")
     matplotlib.rcParams.update({"font.size": 8.5, "axes.titlesize": 9.5, "svg.hashsalt": "plot"})
     groups = grouped(runs)
     looks = [

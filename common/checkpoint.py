@@ -71,7 +71,8 @@ def save_run(run: Any, log: Any) -> str:
             model_config=plain(run.model.config), train_config=plain(run.config), data=run.data,
         )  # fmt: skip
         try:
-            with advice(f"continue from the previous checkpoint in {path.parent} with --resume"):
+            again = f"continue from the previous checkpoint in {path.parent} with --resume"
+            with advice(again if run.saved else "start again with other settings"):
                 write_checkpoint(path, state, run.config.keep_checkpoints)
         except OSError as error:  # the disk is full: next time there may be room
             return f"{path} could not be written ({error}): make room"

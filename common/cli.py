@@ -35,8 +35,9 @@ def run_command(
     escape_characters("stdout", "stderr")
     script = Path(sys.argv[0]).name
     complaint = io.StringIO()  # tyro draws its errors as a box: catch it and print one line instead
+    wide = {} if {"-h", "--help"} & {*sys.argv} else {"COLUMNS": "100000"}  # so it breaks no path
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), environment(wide):
             config = tyro.cli(  # the help shows --max_steps; --max-steps works too
                 config_class, prog=script, registry=path_flags(), use_underscores=True
             )
@@ -58,6 +59,24 @@ def run_command(
         run(config)
     except (ValueError, OSError) as error:
         fail_with(script, explain(error))
+    except MemoryError as error:  # numpy says how much, Python nothing
+        what = " ".join(["not enough memory", f"({error})" if str(error) else ""]).strip()
+        fail_with(script, f"{what}: give smaller numbers, or end other programs")
+
+
+@contextlib.contextmanager
+def environment(changes: dict[str, str]) -> Iterator[None]:
+    """Set environment variables in the block."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def path_flags() -> Any:
@@ -68,6 +87,8 @@ def path_flags() -> Any:
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
     def home(words: list[str]) -> Path:
+        if not words[0]:  # not the current folder: "$UNSET" is a mistake
+            raise OSError("a path is empty: write one, or leave its flag out")
         try:
             return Path(words[0]).expanduser()
         except RuntimeError:  # not a ValueError, whose text tyro would drop
@@ -173,20 +194,20 @@ def outlive_console(*streams: str) -> None:
     """
     escape_characters(*streams)
     for name in streams:
-        stream = getattr(sys, name)
-        if stream is None:  # started with >&-
-            stream = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
-        setattr(sys, name, LossyStream(stream))
+        setattr(sys, name, LossyStream(getattr(sys, name)))
 
 
 def escape_characters(*streams: str) -> None:
     """Let `streams` (stdout, stderr) write a character that their encoding lacks as \\u6771.
 
     On Windows a redirected stream has the 250 characters of cp1252. The text of a model has more.
+    A stream that is closed (`>&-`) loses what is written to it.
     """
     for name in streams:
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -117,8 +117,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing; it appears under its name whole and on disk, or not at all.
 
     The data goes to a temporary file in the same folder. Renaming that file replaces the old one
-    in one step, so a reader sees either the old file or the new one, never a part.
+    in one step, so a reader sees either the old file or the new one, never a part. A symbolic link
+    stays, and its target is replaced. A device or a pipe (/dev/stdout) is written to.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as file:
+            yield file
+        return
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         with open(temporary, "wb") as file:

@@ -52,7 +52,7 @@ def choose(
 
     `temperature` 0 takes the most likely token; `top_k` 0 and `top_p` 1 choose among all tokens.
     """
-    if temperature == 0:  # the limit of the softmax below: all probability goes to the largest
+    if temperature < 1e-6:  # the limit of the softmax below: all probability goes to the largest
         return logits.argmax(dim=-1)
     # Each of 50,000 unlikely tokens has little probability, but together they have some. In a long
     # text one of them is chosen sooner or later, and the model then continues from that mistake.
@@ -67,7 +67,7 @@ def choose(
         # is the same number everywhere. The nucleus is the likeliest tokens that together reach
         # top_p (Holtzman et al., 2020), so the token that crosses top_p is in it. topk has sorted
         # the tokens already, and multinomial needs no sum of 1.
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= max(top_p, 1e-6), 0)
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 

@@ -86,7 +86,14 @@ def find_on_hub(name: str) -> Find:
         reason = "access is restricted: ask for it on the model's page, and set HF_TOKEN"
     except errors.RepositoryNotFoundError:
         reason = "no such name there, or a private one, which needs HF_TOKEN"
-    except (OSError, errors.EntryNotFoundError, errors.HFValidationError) as error:
+    except ImportError as error:  # a SOCKS proxy needs one more package
+        reason = first_line(error)
+    except (
+        OSError,
+        httpx2.HTTPError,
+        errors.EntryNotFoundError,
+        errors.HFValidationError,
+    ) as error:
         gone = isinstance(error, errors.RemoteEntryNotFoundError)
         reason = f"{repo} has no {CONFIG}" if gone else first_line(error)
     raise FileNotFoundError(
@@ -283,6 +290,8 @@ def write_huggingface(
 
     # Fill a new folder, then give it the name: an error on the way leaves the earlier export.
     folder = folder.resolve()
+    if Path.cwd().is_relative_to(folder):  # the shell would stay in the old one
+        raise OSError(f"{folder} is the current folder, or holds it, and cannot be replaced")
     new, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
     restore(old, folder)  # if a process was killed between the two renames below
     for leftover in new, old:
@@ -294,6 +303,8 @@ def write_huggingface(
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         for name, text in texts.items():
             (new / name).write_bytes(text.encode())
+        # safetensors makes a file that only its owner can read
+        (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)
         for path in new.iterdir():
             with open(path, "rb+") as file:
                 sync(file.fileno())

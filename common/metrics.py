@@ -130,7 +130,12 @@ def run_facts(folder: Path, step: int | None = None) -> dict[str, Any]:
             elif event == "hellaswag":
                 names = ("acc", "acc_norm", "n", "style")
                 found |= {f"hellaswag_{name}": entry.get(name) for name in names}
-            facts |= {name: value for name, value in found.items() if value is not None}
+            words = ("data_source", "git", "hellaswag_style")
+            facts |= {
+                name: value
+                for name, value in found.items()
+                if (isinstance(value, str) if name in words else is_number(value))
+            }
     return facts
 
 
@@ -206,7 +211,7 @@ class Curves:
         done = [(0, 0)]
         for entry in self.events.get("train", []):
             if is_number(entry.get("tokens_seen")):
-                done.append((entry["step"] + 1, entry["tokens_seen"]))
+                done.append((entry["step"] + 1, float(entry["tokens_seen"])))
         self.tokens_done = np.array(sorted(done)).T  # two rows: updates done, tokens seen so far
 
     def config(self, name: str) -> Any:
@@ -271,8 +276,8 @@ class Curves:
         for entry in self.events.get(event, []):
             value = entry.get(name)
             numbers = value if isinstance(value, list) and event == "stats" else [value]
-            fits = not values or np.shape(value) == np.shape(values[0])
-            if fits and numbers and all(map(is_number, numbers)):
+            usable = bool(numbers) and all(map(is_number, numbers))
+            if usable and (not values or np.shape(value) == np.shape(values[0])):
                 positions.append(self.position(entry, x))
                 values.append(value)
             elif value is not None or name != "mfu":  # MFU is None if the peak is not known

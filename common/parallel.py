@@ -140,7 +140,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
 
     On a CPU, torch adds up the squares of a tensor one after the other, in float32: the norm of 38
     million numbers is 0.3% too small, and that of their parts less. So on a CPU it is the norm of
-    the norms of rows, which is exact to 1e-7 and takes as long.
+    the norms of rows, which is exact to a few millionths and takes as long.
     """
     parameters = [p for p in parameters if p.grad is not None]
     parts = [

@@ -352,7 +352,7 @@ class Console:
     def time_left(self, values: dict[str, Any]) -> timedelta:
         """Return the time that the rest of the budget takes, in steps as large as this one."""
         steps_left = (self.budget - values["tokens_seen"]) / values["batch_tokens"]
-        return timedelta(seconds=round(steps_left * self.step_time))
+        return timedelta(seconds=round(min(steps_left * self.step_time, 1e9)))  # 31 years
 
 
 def smoothed(before: float, dt: float) -> float:

@@ -90,15 +90,22 @@ def write_shard(path: Path, tokens: np.ndarray) -> str:
 def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, bool]:
     """Return the folder's manifest, or None, and whether it is finished.
 
-    Raises ValueError if the manifest is not JSON.
+    Raises ValueError if the manifest is damaged.
     """
     for name in MANIFEST, PARTIAL:
         try:
-            return json.loads((folder / name).read_bytes()), name == MANIFEST
+            manifest = json.loads((folder / name).read_bytes())
+            whole = all(
+                isinstance(shard["tokens"], int) and isinstance(shard["name"], str)
+                for shard in manifest["shards"]
+            )
+            if whole and (manifest["tokens"] or name == PARTIAL):  # a finished one has tokens
+                return manifest, name == MANIFEST
         except FileNotFoundError:
             continue
-        except ValueError:
-            raise ValueError(f"{folder / name} is damaged") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise ValueError(f"{folder / name} is damaged")
     return None, False
 
 

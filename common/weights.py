@@ -63,6 +63,8 @@ def find_model(name_or_path: str | Path | None) -> str:
     """
     if name_or_path is None:
         return default_model()
+    if not str(name_or_path):  # not the current folder: "$UNSET" is a mistake
+        raise ValueError("the name of the model is empty: give one, or leave the flag out")
     try:
         path = Path(name_or_path).expanduser()
     except RuntimeError as error:

@@ -325,11 +325,18 @@ def test_a_run_writes_table_json_and_chart(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"steps": 0}, "steps 0"), ({"out": "no/such/folder.json"}, "no such folder")],
+    [
+        ({"steps": 0}, "steps 0"),
+        ({"out": "no/such/folder.json"}, "no such folder"),
+        ({"out": "."}, "a folder: give a file"),
+        ({"plot": "chart.foo"}, r"give a name that ends in \.png or \.svg"),
+    ],
 )
 def test_a_wrong_setting_is_refused_by_name(wrong, said):
     with pytest.raises(ValueError, match=said):
-        bench.BenchConfig(**{k: bench.Path(v) if k == "out" else v for k, v in wrong.items()})
+        bench.BenchConfig(
+            **{k: bench.Path(v) if isinstance(v, str) else v for k, v in wrong.items()}
+        )
 
 
 def test_a_rank_in_the_environment_does_not_matter(monkeypatch):

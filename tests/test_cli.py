@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from tyro.conf import Positional
@@ -227,6 +228,41 @@ def test_a_path_in_the_home_of_an_unknown_user_is_one_line(error_of):
     path = "~nobody-of-this-name/x"
     line = f"script.py: error: {path}: no such user: write the whole path\n"
     assert error_of(never, "--out", path) == line
+
+
+def test_an_empty_path_is_no_path_to_the_current_folder(error_of):
+    line = "script.py: error: a path is empty: write one, or leave its flag out\n"
+    assert error_of(never, "--out", "") == line
+
+
+def test_a_path_in_an_error_is_whole_on_a_narrow_terminal(error_of, monkeypatch):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Refusing:
+        out: Path
+
+        def __post_init__(self):
+            raise ValueError(f"{self.out}: no such file")
+
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setitem(globals(), "Config", Refusing)
+    path = "/" + "long" * 60
+    assert error_of(never, "--out", path) == f"script.py: error: {path}: no such file\n"
+    assert os.environ["COLUMNS"] == "20"
+
+
+def test_too_little_memory_is_one_line(error_of):
+    def run(_: Config) -> None:
+        np.empty(1 << 62, np.uint8)
+
+    error = error_of(run)
+    assert error.startswith("script.py: error: not enough memory (Unable to allocate 4.00 EiB")
+    assert error.endswith(": give smaller numbers, or end other programs\n")
+
+
+def test_help_needs_no_open_stdout():
+    help = f"{sys.executable} sample.py --help >&-"
+    ended = subprocess.run(help, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_a_bad_flag_is_one_line_that_points_to_the_help(error_of, boxes):

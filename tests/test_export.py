@@ -63,6 +63,19 @@ def test_a_folder_with_other_files_is_refused_with_what_to_do(model, tmp_path):
     assert all_files(tmp_path) == before
 
 
+def test_the_current_folder_is_not_replaced(model, tmp_path, monkeypatch):
+    source = save(model, tmp_path / "ckpt_000001.pt")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OSError, match="is the current folder"):
+        export(ExportConfig(source=str(source), target=Path(".")))
+    assert not any((tmp_path / "here").iterdir())
+
+
+def test_all_files_of_an_export_are_as_readable(folder):
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_weights_that_are_not_finite_give_no_checkpoint(model, tmp_path):
     with torch.no_grad():
         model.transformer.ln_f.bias[3] = float("nan")

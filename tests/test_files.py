@@ -146,6 +146,24 @@ def test_windows_waits_a_moment_for_the_reader_of_an_old_file(tmp_path, monkeypa
     assert sum(pauses[2:]) < 4
 
 
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to("target")
+    write_atomically(link, b"new")
+    assert link.is_symlink() and target.read_bytes() == b"new"
+    assert {path.name for path in tmp_path.iterdir()} == {"target", "link"}
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(pipe, b"new")
+    assert os.read(reader, 9) == b"new" and pipe.is_fifo()
+    os.close(reader)
+
+
 def test_write_atomically_joins_its_parts_and_returns_their_sha256(tmp_path):
     whole = b"header" + bytes(range(100))
     digest = write_atomically(tmp_path / "file", b"header", memoryview(bytes(range(100))))

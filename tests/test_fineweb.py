@@ -506,12 +506,16 @@ def test_a_hub_that_never_answers_is_one_line_that_says_how_to_carry_on(
 
 
 @pytest.mark.parametrize("flags", [[], ["--verify"]])
-def test_a_damaged_manifest_is_named_with_what_to_do(tmp_path, main_badly, flags):
-    path = tmp_path / "manifest.partial.json"
-    path.write_text("{")
+@pytest.mark.parametrize(
+    "text",
+    ["{", "{}", "[]", "null", "5", '{"shards": [{}], "tokens": 0}', '{"shards": [], "tokens": 0}'],
+)
+def test_a_damaged_manifest_is_named_with_what_to_do(tmp_path, main_badly, flags, text):
+    path = tmp_path / "manifest.json"
+    path.write_text(text)
     error = main_badly("--source", "pydocs", "--out_dir", tmp_path, *flags)
     assert f"{path} is damaged: restore it, or delete {tmp_path} and" in error
-    assert path.read_text() == "{"
+    assert path.read_text() == text
 
 
 # -----------------------------------------------------------------------------

@@ -172,7 +172,8 @@ def test_top_k_keeps_the_likeliest_and_0_keeps_all():
 def test_no_temperature_overflows():
     logits = [-90.0, -80.0, 30.0]
     assert frequencies(logits, temperature=0) == {2: 1.0}
-    assert frequencies(logits, temperature=1e-44) == {2: 1.0}
+    assert frequencies(logits, temperature=1e-44) == {2: 1.0} == frequencies(logits, top_p=1e-50)
+    assert frequencies(logits, temperature=1e-50) == {2: 1.0}
     assert len(frequencies(logits, temperature=1e30)) == 3
 
 

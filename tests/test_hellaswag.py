@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error_lines, run_ranks, save
+from conftest import all_files, error_lines, run_ranks, save
 
 import hellaswag
 import train_gpt2
@@ -447,6 +447,17 @@ def test_training_continues_without_the_data_and_says_so_once(web, data, capsys)
     expected = hellaswag.load_questions(data, "completion")
     assert hellaswag.questions_for_training(CPU) == expected and web.requests == 2
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("taken", ["model", "data"])
+def test_the_model_or_the_data_is_never_written_over(tmp_path, data, taken):
+    files = {"model": tmp_path / "model.pt", "data": data}
+    files["model"].write_bytes(b"weights")
+    before = all_files(tmp_path)
+    given = HellaSwagConfig(model=str(files["model"]), data=data, out=files[taken])
+    with pytest.raises(ValueError, match="is the model or the data itself: give another file"):
+        hellaswag.evaluate(given, CPU, None)
+    assert all_files(tmp_path) == before
 
 
 def be_command(rank: int, first: Path, out: Path) -> None:

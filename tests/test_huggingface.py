@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import httpx2
 import huggingface_hub
 import pytest
 import torch
@@ -383,6 +384,19 @@ def test_a_download_that_breaks_off_is_one_line(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", break_off)
     what = r"^org/small: model\.safetensors could not be downloaded \(Consistency .* 9\): try again"
     with pytest.raises(OSError, match=what):
+        load_model("org/small")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ImportError("Using SOCKS proxy, but"), httpx2.UnsupportedProtocol("Request URL is missing")],
+)
+def test_a_client_that_cannot_begin_is_one_line(hub, monkeypatch, error):
+    def refuse(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(FileNotFoundError, match=rf"^org/small: .* \({error}\): give a checkpoint"):
         load_model("org/small")
 
 

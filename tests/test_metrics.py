@@ -54,6 +54,16 @@ def test_what_was_left_out_is_counted_once_however_often_it_is_read(tmp_path):
     assert run.left_out == {"val lines without a usable loss": 1}
 
 
+def test_a_damaged_number_of_any_kind_is_left_out(tmp_path):
+    lines = lines_of(write_run(tmp_path / "a"))
+    lines[3]["tokens_seen"] = 10**27
+    stats = [[1, 2, 3], [[1], [2, 3], 3], [4, 5, 6]]
+    lines += [{"event": "stats", "step": i, "time": 400, "rms": v} for i, v in enumerate(stats)]
+    run = rewrite(tmp_path / "a", lines)
+    assert run.series("stats", "rms", "tokens")[1].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert run.left_out["stats lines without a usable rms"] == 1
+
+
 def test_housekeeping_does_not_count_as_a_setting_but_a_branch_does(tmp_path):
     run = Curves(
         write_run(tmp_path / "a", target_loss=3.0, profile_step=5, branch_from="b", seed=1)
@@ -166,6 +176,8 @@ def test_the_facts_of_a_run_are_the_newest_up_to_a_step(tmp_path):
 def test_damaged_lines_and_unknown_facts_are_left_out(tmp_path):
     text = '{"event": "run", "step": 0, "data_source": null, "git_hash": null}\n'
     text += '3\n[]\n{}\n\n{"event": "val", "step": 1}\n{"event": "val", "step": "x", "loss": 1}\n'
-    text += '{"event": "val", "step": 2, "loss": 3.5}\n\0\0\n{"event": "val", "step": 3, "lo\xff'
+    text += '{"event": "val", "step": 2, "loss": 3.5}\n\0\0\n{"event": "val", "step": 3, "lo\xff\n'
+    text += '{"event": "val", "step": 2, "loss": [4.5]}\n{"event": "val", "step": 2, "loss": "4"}\n'
+    text += '{"event": "hellaswag", "step": 2, "acc": null, "n": "100", "style": 3}\n'
     (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
     assert run_facts(tmp_path) == {"step": 2, "val_loss": 3.5}

@@ -110,6 +110,14 @@ def test_the_legend_names_the_settings_that_differ(tmp_path):
     assert plot.labels(grouped([a])) == ["a"]
 
 
+def test_names_that_are_no_text_or_look_like_mathematics_are_shown(tmp_path):
+    names = ["lr$2^x$", "a$b_{$", "c\x01d", "e\udcfff"]
+    runs = [plot.Curves(write_run(tmp_path / name)) for name in names]
+    labels = plot.labels(grouped(runs))
+    assert labels == [r"lr\$2^x\$", r"a\$b_{\$", "c?d", "e?f"]
+    plot.draw(runs, "steps")[0].savefig(tmp_path / "a.png")
+
+
 def test_the_legend_leaves_out_a_setting_that_an_older_run_did_not_have(tmp_path):
     new = plot.Curves(write_run(tmp_path / "new", optimizer="muon"))
     old = plot.Curves(write_run(tmp_path / "old"))

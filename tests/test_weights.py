@@ -128,6 +128,7 @@ def test_a_folder_without_a_model_says_what_to_give(here):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
+        ("", "the name of the model is empty"),
         ("nothing.pt", "no such checkpoint"),
         ("log/nothing.safetensors", "no such file or folder"),
         ("model.bin", "no such file or folder"),
@@ -138,7 +139,7 @@ def test_a_folder_without_a_model_says_what_to_give(here):
 )
 def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(here, monkeypatch, name, what):
     monkeypatch.setattr("common.huggingface.find_on_hub", None)
-    with pytest.raises(FileNotFoundError, match=what):
+    with pytest.raises((FileNotFoundError, ValueError), match=what):
         read_weights(name)
 
 
