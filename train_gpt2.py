@@ -100,11 +100,9 @@ class GPTConfig:
             if not 1 <= getattr(self, name) < 2**31:
                 raise ValueError(f"{name} {getattr(self, name)}: give a number from 1 up to 2^31")
         if self.n_embd % self.n_head:
+            what = f"n_head {self.n_head} does not divide n_embd {self.n_embd}"
             near = hardware.nearest_divisors(self.n_embd, self.n_head)
-            raise ValueError(
-                f"n_head {self.n_head} does not divide n_embd {self.n_embd}: "
-                f"give --n_head {near}, or another width"
-            )
+            raise ValueError(f"{what}: give --n_head {near}, or another width")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout}: give a number from 0 up to 1")
 
@@ -198,10 +196,8 @@ class TrainConfig:
         if self.target_loss is not None and not (self.target_loss and self.eval_every):
             raise ValueError(f"target_loss {self.target_loss}: give more than 0, and --eval_every")
         if self.batch_ramp_tokens and self.total_batch_size % self.batch_ramp_start:
-            raise ValueError(
-                f"batch_ramp_start {self.batch_ramp_start} does not divide total_batch_size "
-                f"{self.total_batch_size}: give a divisor of it"
-            )
+            given = f"batch_ramp_start {self.batch_ramp_start}, total {self.total_batch_size}"
+            raise ValueError(f"{given}: give a --batch_ramp_start that divides the total")
         if self.init_from is None:
             self.model_config()  # raises if the dimensions do not fit together
 
@@ -251,7 +247,7 @@ class CausalSelfAttention(nn.Module):
             q, k, v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,  # t must not see t+1, its target; a cache is the past
+            is_causal=mask is None and T > 1,  # t must not see t+1, its target. T = 1: all is past
         )  # (B, nh, T, hs)  # fmt: skip
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -424,7 +420,7 @@ def compile_model(model: GPT) -> None:
 def window_order(n_windows: int, seed: int, epoch: int) -> np.ndarray:
     """Return the permutation of an epoch's windows (uint32), drawn from (seed, epoch)."""
     order = np.arange(n_windows, dtype=np.uint32)  # 40 MB for ten million windows
-    # in the files, neighbours come from one document: their gradients are alike, and batches vary
+    # neighbours in a file come from one document: in one batch, their gradients would be alike
     np.random.default_rng((seed, epoch)).shuffle(order)
     return order
 
@@ -436,7 +432,7 @@ class Windows:
     """
 
     def __init__(self, data_dir: Path, split: str, block_size: int, vocab_size: int):
-        self.block_size = block_size
+        self.block_size, self.vocab_size = block_size, vocab_size
         self.shards = open_shards(data_dir, split, vocab_size)  # memory-mapped
         # a window needs T + 1 tokens, because its last input needs a target: hence n - 1
         self.ends = np.cumsum([max(0, len(s) - 1) // block_size for s in self.shards])
@@ -453,6 +449,9 @@ class Windows:
             shard = int(np.searchsorted(self.ends, window, side="right"))
             start = (int(window) - int(self.ends[shard - 1] if shard else 0)) * T
             row[:] = self.shards[shard][start : start + T + 1]  # uint16 to the int64 of embeddings
+        if (top := rows.max(initial=0)) >= self.vocab_size:  # opening them looked at samples only
+            what = f"token id {top} in the data, but vocab_size is {self.vocab_size}"
+            raise ValueError(f"{what}: give the --vocab_size of its tokenizer")
         rows = torch.from_numpy(rows)  # position t predicts token t + 1
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # a GPU copies one block only
 
@@ -680,7 +679,7 @@ def train_step(
         report[0] += loss.detach()  # stays on the device: .item() would wait for it
         scaler.scale(loss).backward()  # float16 only: keeps small gradients from becoming 0
     for optimizer in optimizers.values():
-        scaler.unscale_(optimizer)  # the true norm counts
+        scaler.unscale_(optimizer)  # what is clipped is the true gradient
     # One bad batch must not move the weights far: a larger norm is scaled down to grad_clip.
     norm = parallel.clip_gradients(model.parameters(), grad_clip or math.inf)
     if machine.world_size > 1:

@@ -147,8 +147,6 @@ def hub_errors(dataset: str) -> Iterator[None]:
         if status in (408, 429) or status >= 500:
             raise ConnectionError(f"the hub answers {status}") from None
         raise ValueError(f"{error}: check --dataset, or set HF_TOKEN") from None
-    except ImportError as error:  # a SOCKS proxy needs one more package
-        raise ValueError(f"{error} Or unset ALL_PROXY") from None
     except RuntimeError as error:  # the data set is a Python script, which `datasets` refuses
         raise ValueError(f"{error}: choose another --dataset") from None
     except (httpx2.TransportError, LocalEntryNotFoundError, json.JSONDecodeError) as error:
@@ -181,8 +179,10 @@ def find_dataset(dataset: str, name: str | None, split: str) -> tuple[str, list[
     from huggingface_hub import HfApi, HfFileSystem, get_session, set_client_factory
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
 
-    with hub_errors(dataset):
+    try:
         settings = {"event_hooks": get_session().event_hooks, "follow_redirects": True}
+    except ImportError as error:  # a SOCKS proxy needs one more package
+        raise ValueError(f"{error} Or unset ALL_PROXY") from None
     set_client_factory(lambda: httpx2.Client(**settings, timeout=HF_HUB_DOWNLOAD_TIMEOUT))
     datasets.disable_progress_bars()
     with hub_errors(dataset):

@@ -285,6 +285,20 @@ def test_what_a_step_trains_on_does_not_depend_on_ranks_or_micro_batch(data_dir,
     assert expected != rows_of_a_step(data_dir, 1, 8, step + 1)
 
 
+def test_an_id_outside_the_vocabulary_is_refused_wherever_it_lies(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 60, 200_000, np.uint16)
+    ids[8300] = 100  # inside the padding of the embedding, and not where open_shards looks
+    for split in ("train", "val"):
+        np.save(tmp_path / f"a_{split}_1.npy", ids)
+    windows = Windows(tmp_path, "train", 16, 65)
+    windows.read(np.array([0, 1, 8300 // 16 + 1]))
+    with pytest.raises(ValueError, match=r"token id 100 in the data, but vocab_size is 65: give"):
+        windows.read(np.array([0, 8300 // 16]))
+    large = dict(total_batch_size=1 << 14, micro_batch_size=512, max_steps=13)  # all the data
+    with pytest.raises(ValueError, match="token id 100"):  # from the thread that reads ahead
+        run_train(tmp_path, tmp_path / "log", vocab_size=65, **large)
+
+
 def test_windows_come_in_order_unless_they_are_shuffled(data_dir):
     windows, firsts = Windows(data_dir, "train", 16, 300), {}
     for shuffle in (False, True):
