@@ -181,7 +181,7 @@ def make_rung_model(rung: Rung, config: TrainConfig) -> GPT:
     shape = config.model_config() if rung.padded else UnpaddedConfig(**vars(config.model_config()))
     model = (GPT if rung.own_model else PlainGPT)(shape)
     if not rung.stream:
-        model.stream = None  # float32, as autocast alone does
+        model.residual_dtype = None  # float32, as autocast alone does
     if not rung.flash:
         for block in model.transformer.h:
             block.attn = NaiveAttention(shape)

@@ -292,7 +292,7 @@ class GPT(nn.Module):
     """GPT-2 (Radford et al., 2019), with the parameter names of Hugging Face's GPT2LMHeadModel."""
 
     # The residual stream, if products have this dtype too: half the bytes. Scores keep float32.
-    stream = torch.bfloat16
+    residual_dtype = torch.bfloat16
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -348,8 +348,9 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=idx.device)
         # Attention itself does not know the order of its inputs, so each position adds a vector.
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
-        if self.training and torch.is_autocast_enabled(kind := x.device.type):
-            x = x.to(self.stream) if torch.get_autocast_dtype(kind) == self.stream else x
+        kind, dtype = x.device.type, self.residual_dtype
+        if self.training and torch.is_autocast_enabled(kind):
+            x = x.to(dtype) if torch.get_autocast_dtype(kind) == dtype else x
         for i, block in enumerate(self.transformer.h):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint_block(block, x, mask, use_reentrant=False)

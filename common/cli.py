@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -35,9 +36,11 @@ def run_command(
     escape_characters("stdout", "stderr")
     script = Path(sys.argv[0]).name
     complaint = io.StringIO()  # tyro draws its errors as a box: catch it and print one line instead
-    wide = {} if {"-h", "--help"} & {*sys.argv} else {"COLUMNS": "100000"}  # so it breaks no path
+    # An error must not be broken, not even inside a path; help is, and tyro hangs below 6 columns.
+    helping = {"-h", "--help"} & {*sys.argv}
+    columns = max(40, shutil.get_terminal_size().columns) if helping else 100_000
     try:
-        with contextlib.redirect_stderr(complaint), environment(wide):
+        with contextlib.redirect_stderr(complaint), environment({"COLUMNS": str(columns)}):
             config = tyro.cli(  # the help shows --max_steps; --max-steps works too
                 config_class, prog=script, registry=path_flags(), use_underscores=True
             )

@@ -42,7 +42,7 @@ BATCH = 524_288  # tokens a step
 
 def float32_stream(model: GPT) -> None:
     """Keep the residual stream in float32, as autocast alone does."""
-    model.stream = None
+    model.residual_dtype = None
 
 
 def sigmoid_gelu(model: GPT) -> None:
