@@ -1,5 +1,6 @@
 """A run's state on disk: its format, written whole or not at all, and checked before it is used."""
 
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ def save_run(run: Any, log: Any) -> str:
 
     The number of ranks, and whether the model was sharded, leave no trace in the file.
     """
+    start = time.perf_counter()  # what was done before may be an evaluation that a signal cut off
     weights = parallel.on_rank_0_whole(dict(run.model.named_parameters()))
     states = {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}
     states = parallel.on_rank_0_whole(states)
@@ -76,7 +78,7 @@ def save_run(run: Any, log: Any) -> str:
                 write_checkpoint(path, state, run.config.keep_checkpoints)
         except OSError as error:  # the disk is full: next time there may be room
             return f"{path} could not be written ({error}): make room"
-        log.write("checkpoint", run.step, path=str(path))
+        log.write("checkpoint", run.step, path=str(path), seconds=time.perf_counter() - start)
         return ""
 
     return ranks.on_rank_0(write)

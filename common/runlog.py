@@ -105,7 +105,7 @@ class RunLog:
         if "dt" in values:
             values["dt"] -= compiling
         elif event not in ("run", "stats"):
-            values["seconds"] = seconds - compiling
+            values.setdefault("seconds", seconds - compiling)
         if compiling:
             values["compile_seconds"] = compiling
         if event == "run":

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -167,10 +168,14 @@ def test_a_signal_ends_an_evaluation_at_once_and_the_resumed_run_repeats_it(
     whole = run_train(data_dir, tmp_path / "whole", eval_every=2)
     signals, passes, validation = [], [], train_gpt2.validation_loss
 
+    def arrive() -> None:
+        time.sleep(0.5)
+        signals.append(15)
+
     def evaluate(model, windows, *args):
         if len(losses(read_metrics(tmp_path / "cut"))) == at:  # in its first pass
             read = windows.read
-            windows.read = lambda rows: passes.append(rows) or signals.append(15) or read(rows)
+            windows.read = lambda rows: passes.append(rows) or arrive() or read(rows)
         return validation(model, windows, *args)
 
     monkeypatch.setattr("train_gpt2.cli.collect_stop_signals", lambda: signals)
@@ -181,6 +186,7 @@ def test_a_signal_ends_an_evaluation_at_once_and_the_resumed_run_repeats_it(
     cut = read_metrics(tmp_path / "cut")
     assert (tmp_path / "cut" / f"ckpt_{at:06d}.pt").exists() and end_of(cut) == [(at, "signal")]
     assert not (tmp_path / "cut" / "hf").exists(), "an export would look like the end"
+    assert cut[-2]["event"] == "checkpoint" and cut[-2]["seconds"] < 0.5, "saving alone"
     monkeypatch.undo()
     resumed = run_train(data_dir, tmp_path / "cut", eval_every=2, val_tokens=2000, resume=True)
     steps = [[m["step"] for m in run if m["event"] == "val"] for run in (whole, resumed)]
