@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from common.cli import advice, outlive_console, run_command, say
 from common.corpus import Source, Unit, file_kind, find_source, source_units
@@ -268,7 +269,7 @@ def tokenize(config: DataConfig) -> None:
         in_use = "wait until it ends, or choose another --out_dir"
         with advice(in_use, ValueError), advice("choose another --out_dir", OSError):
             stack.enter_context(locked(folder))
-        with advice(f"restore it, or delete {folder} and start again"):
+        with advice(f"restore it, or delete {folder} and start again", ValueError):
             manifest, finished = read_manifest(folder)
         try:
             source = find_source(
@@ -323,8 +324,6 @@ def make_shards(
 
     Two threads write shards while the next one fills.
     """
-    from tqdm import tqdm
-
     shards, done, began = manifest["shards"], manifest["tokens"], time.monotonic()
     stream = TokenStream(config, source, shards[-1] if shards else None, pool, engine)
     limit, place, names = config.max_tokens or 1 << 62, stream.skip, itertools.count(len(shards))
@@ -411,27 +410,28 @@ def verify(config: DataConfig) -> None:
 
     Raises ValueError with their names. The next run finds them missing and makes them again.
     """
-    from tqdm import tqdm
-
     folder, faults = config.folder, []
-    with advice(f"restore it, or delete {folder} and make it again"):
-        manifest, finished = read_manifest(folder)
-    if manifest is None:
-        raise FileNotFoundError(f"{folder} has no {MANIFEST}: name the folder with --out_dir")
-    if CUT in manifest:  # which of its shards are here already is known to the next run
-        raise ValueError(f"{folder} {NOT_FINISHED}")
-    with tqdm(total=manifest["tokens"], unit=" tokens", unit_scale=True, disable=None) as bar:
-        for shard in manifest["shards"]:
-            if fault := shard_fault(folder, shard):
-                faults.append(f"{shard['name']} ({fault})")
-                if (path := folder / shard["name"]).exists():
-                    path.replace(f"{path}.damaged")
-            bar.update(shard["tokens"])
+    with contextlib.ExitStack() as stack:
+        # new shards of another process would look damaged (OSError: the folder may only be read)
+        with advice("wait until it ends", ValueError), contextlib.suppress(OSError):
+            stack.enter_context(locked(folder))
+        with advice(f"restore it, or delete {folder} and make it again", ValueError):
+            manifest, finished = read_manifest(folder)
+        if manifest is None:
+            raise FileNotFoundError(f"{folder} has no {MANIFEST}: name the folder with --out_dir")
+        if CUT in manifest:  # which of its shards are here already is known to the next run
+            raise ValueError(f"{folder} {NOT_FINISHED}")
+        with tqdm(total=manifest["tokens"], unit=" tokens", unit_scale=True, disable=None) as bar:
+            for shard in (shards := manifest["shards"]):
+                if fault := shard_fault(folder, shard):
+                    faults.append(f"{shard['name']} ({fault})")
+                    if (path := folder / shard["name"]).exists():
+                        path.replace(f"{path}.damaged")
+                bar.update(shard["tokens"])
     if faults:
-        count = f"{len(faults)} of {len(manifest['shards'])}"
-        names = f"{count} shards are damaged: {', '.join(faults)}"
-        raise ValueError(f"{folder}: {names}: run the command that made them to repair them")
-    say(f"{folder}: {len(manifest['shards'])} shards, {manifest['tokens']:,} tokens, all whole")
+        what = f"{len(faults)} of {len(shards)} shards are damaged: {', '.join(faults)}"
+        raise ValueError(f"{folder}: {what}: run the command that made them to repair them")
+    say(f"{folder}: {len(shards)} shards, {manifest['tokens']:,} tokens, all whole")
     if not finished:
         say(f"note: {folder} {NOT_FINISHED}")
 

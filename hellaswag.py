@@ -383,14 +383,14 @@ def questions_for_training(machine: Any) -> Questions | None:
 # the command
 
 
-def find_questions(config: HellaSwagConfig) -> Questions:
+def find_questions(config: HellaSwagConfig, model: str) -> Questions:
     """Return the questions that are asked for, once it is clear that --out can be written."""
     out, what_to_do = config.out, "put the file there, or give one with --data"
     if out and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
         raise ValueError(
             f"--out {out} cannot be written: give a file in a folder that you may write to"
         )
-    taken = (Path(path) for path in (config.model, config.data) if path)
+    taken = (Path(path) for path in (model, config.data) if path)
     if out and out.exists() and any(path.exists() and out.samefile(path) for path in taken):
         raise ValueError(f"--out {out} is the model or the data itself: give another file")
     with advice("check --data" if config.data else what_to_do):
@@ -400,8 +400,8 @@ def find_questions(config: HellaSwagConfig) -> Questions:
 
 def evaluate(config: HellaSwagConfig, machine: Any, load_model: Callable[..., nn.Module]) -> None:
     """Score a model, print the result, and write it to --out if given."""
-    questions = ranks.on_rank_0(find_questions, config)
     name = ranks.on_rank_0(find_model, config.model)
+    questions = ranks.on_rank_0(find_questions, config, name)
     model = load_model(name, machine.device)
     start = time.perf_counter()
     losses = ending_losses(model, questions, machine)

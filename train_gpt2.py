@@ -928,7 +928,7 @@ def train_loop(run: Run, log: RunLog, signals: list[int]) -> None:
             # once in a while: how well does it predict text that it has never seen?
             if due("val"):
                 loss = validation_loss(model, run.val_windows, n_val, B, machine, signals)
-                log.write("val", run.step, loss=loss, bpb=loss * per_byte or None)
+                log.write("val", run.step, loss=loss, bpb=loss * per_byte if per_byte else None)
                 run.on_target |= config.target_loss is not None and loss <= config.target_loss
 
             # once in a while: does it know how a story continues? (25% is guessing)

@@ -1,5 +1,6 @@
 """A run's state on disk: its format, written whole or not at all, and checked before it is used."""
 
+import dataclasses
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -101,6 +102,12 @@ def restore_run(run: Any, state: dict[str, Any]) -> None:
         run.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(parallel.from_rank_0(state["rng"], next(run.model.parameters())).cpu())
     run.step, run.tokens_seen = state["step"], state["windows_seen"] * run.train_windows.block_size
+    # an origin that the command leaves out stays what it was: a branch is still one
+    before, now = state["train_config"], run.config
+    origin = {"init_from": now.init_from or before.get("init_from")}
+    if not run.trunk and before.get("branch_from"):
+        origin["branch_from"] = now.branch_from or Path(before["branch_from"])
+    run.config = dataclasses.replace(now, **origin)
     log, target = (run.trunk or run.config.out_dir) / METRICS, run.config.target_loss
     best, ended = ranks.on_rank_0(how_it_went, log, run.step)
     run.on_target = target is not None and best <= target
@@ -158,6 +165,8 @@ def read_pickle(path: Path, stand_ins: Sequence[tuple[type, str]] = (), mmap: bo
             if unsafe:  # torch.load refuses them too, but does not name them in its first line
                 raise ValueError(f"it holds {unsafe[0]}, which may run code")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except PermissionError:  # it may be whole
+        raise
     except Exception as error:  # zipfile, pickle and torch raise many kinds on damage
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a whole checkpoint ({reason})") from None
@@ -327,6 +336,13 @@ def differences(before: dict[str, Any], now: dict[str, Any], names: Sequence[str
     ]
 
 
+def same_end(one: str, other: str) -> bool:
+    """Return whether two paths, written in different ways, may mean the same file of a folder."""
+    a, b = Path(one).parts[-2:], Path(other).parts[-2:]
+    n = min(len(a), len(b))
+    return a[-n:] == b[-n:]
+
+
 OTHER_RUN = (
     "give another --out_dir: there, --branch_from goes on from a checkpoint with another schedule "
     "or budget, and --init_from takes over the weights alone"
@@ -343,10 +359,12 @@ def check_same_run(
     """
     names, sizes = SAME_IN_A_BRANCH if branch else SAME_IN_ONE_RUN, state["model_config"]
     given = [name for name in sizes if train_config.get(name) is not None]
+    differ = differences(state["train_config"], train_config, names)
     # The origin of the weights may be left out, because files move. It may not be another one.
     origin = "init_from" if branch else "branch_from"
-    names = (*names, *([origin] if train_config[origin] is not None else []))
-    differ = differences(state["train_config"], train_config, names)
+    before, now = state["train_config"].get(origin), train_config[origin]
+    if now is not None and not same_end(str(before), now):
+        differ += differences(state["train_config"], train_config, [origin])
     differ += differences(sizes, train_config, given)
     differ += differences({"data": state["data"]}, {"data": data}, ["data"])
     if differ:

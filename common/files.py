@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,13 +119,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     The data goes to a temporary file in the same folder. Renaming that file replaces the old one
     in one step, so a reader sees either the old file or the new one, never a part. A symbolic link
-    stays, and its target is replaced. A device or a pipe (/dev/stdout) is written to.
+    stays, and its target is replaced. A device, a pipe, or /dev/stdout is written to.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with open(path, "wb") as file:
+    stream = {"/dev/stdout": sys.stdout, "/dev/stderr": sys.stderr}.get(str(path))
+    if stream or (path.exists() and not path.is_file() and not path.is_dir()):
+        if stream:
+            stream.flush()
+        with open(os.dup(stream.fileno()) if stream else path, "wb") as file:
             yield file
         return
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         with open(temporary, "wb") as file:

@@ -53,7 +53,7 @@ class Totals:
             self.save_seconds += seconds
             self.peak_memory = max(self.peak_memory, entry.get("peak_memory") or 0)
         if event == "val":
-            self.val_loss = entry["loss"]
+            self.val_loss = math.nan if entry["loss"] is None else entry["loss"]
         if event != "end":
             self.compile_seconds += entry.get("compile_seconds", 0)
 
@@ -130,6 +130,8 @@ def run_facts(folder: Path, step: int | None = None) -> dict[str, Any]:
             elif event == "hellaswag":
                 names = ("acc", "acc_norm", "n", "style")
                 found |= {f"hellaswag_{name}": entry.get(name) for name in names}
+            if event == "val" and entry["loss"] is None:  # it was no number: no older one counts
+                facts.pop("val_loss", None)
             words = ("data_source", "git", "hellaswag_style")
             facts |= {
                 name: value
@@ -225,23 +227,21 @@ class Curves:
         another one for each seed, becomes the step at which it branched off. A budget, a validation
         set or a commit that changed on the way is there with the step up to which it held.
         """
-        known, trunk = settings_of(self.about), {}
-        starts: list[tuple[float, dict[str, Any]]] = []  # of this run or branch: step, settings
+        known, starts = settings_of(self.about), []
+        for run in self.events.get("run", []):  # a start from which no step is left does not count
+            starts = [start for start in starts if start[0] < run["step"]]
+            starts.append((run["step"], settings_of(run)))
         branch = known.get("branch_from")
-        for run in self.events.get("run", []):
-            before = settings_of(run)
-            if branch and before.get("branch_from") != branch:
-                trunk, starts = before, []
-            else:  # a start from which no step is left does not count
-                starts = [start for start in starts if start[0] < run["step"]]
-                starts.append((run["step"], before))
-        for (_, before), (step, after) in pairwise(starts):
-            for name in ("max_steps", "val_tokens", "commit"):
-                if before.get(name) != after.get(name):
-                    known[f"{name} until step {step:g}"] = before.get(name)
-        if trunk and starts:
-            known["branch_from"] = f"step {starts[0][0]:g}"
-            trunk = {name: value for name, value in trunk.items() if value != known.get(name)}
+        own = [start for start in starts if not branch or start[1].get("branch_from") == branch]
+        of_trunk = [start for start in starts if start not in own]
+        for prefix, part in ("", own), ("trunk's ", of_trunk):
+            for (_, before), (step, after) in pairwise(part):
+                for name in ("max_steps", "val_tokens", "commit"):
+                    if before.get(name) != after.get(name):
+                        known[f"{prefix}{name} until step {step:g}"] = before.get(name)
+        if of_trunk and own and own[-1] is starts[-1]:  # the last start is of the branch
+            known["branch_from"] = f"step {own[0][0]:g}"
+            trunk = {name: v for name, v in of_trunk[-1][1].items() if v != known.get(name)}
             known |= {f"trunk's {name}": trunk[name] for name in trunk.keys() - {"seed"}}
         return known
 

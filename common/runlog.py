@@ -120,9 +120,6 @@ class RunLog:
         elif event == "end" and self.device:
             values["peak_memory"] = hardware.peak_memory(self.device)
         entry = {"event": event, "step": step, "time": time.time(), **values}
-        for name, value in values.items():  # JSON has no NaN: the loss after a run has diverged
-            if isinstance(value, float) and not math.isfinite(value):
-                entry[name] = None
         self.totals.add(entry)
         if event == "end":
             self.console.say_held()
@@ -130,6 +127,9 @@ class RunLog:
                 self.profiler.finish()
             values |= self.summary()
             entry |= values
+        for name, value in values.items():  # JSON has no NaN: the loss after a run has diverged
+            if isinstance(value, float) and not math.isfinite(value):
+                entry[name] = None
         with naming(self.path):
             print(json.dumps(entry), file=self.file, flush=True)
         self.console.write(event, step, values)

@@ -95,11 +95,14 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any] | None, bool]:
     for name in MANIFEST, PARTIAL:
         try:
             manifest = json.loads((folder / name).read_bytes())
-            whole = all(
-                isinstance(shard["tokens"], int) and isinstance(shard["name"], str)
-                for shard in manifest["shards"]
+            shards = manifest["shards"]
+            whole = isinstance(shards, list) and all(
+                type(shard["tokens"]) is int and isinstance(shard["name"] + shard["sha256"], str)
+                for shard in shards
             )
-            if whole and (manifest["tokens"] or name == PARTIAL):  # a finished one has tokens
+            tokens = sum(shard["tokens"] for shard in shards)
+            # a finished one has shards
+            if whole and manifest["tokens"] == tokens and (shards or name == PARTIAL):
                 return manifest, name == MANIFEST
         except FileNotFoundError:
             continue

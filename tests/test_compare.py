@@ -109,6 +109,19 @@ def test_runs_of_different_devices_data_or_code_are_not_a_group(tmp_path, fact):
     assert len(grouped([one, two])) == 1
 
 
+def test_what_changed_in_a_trunk_counts_too(tmp_path):
+    whole = branched(tmp_path / "1", 1, {"max_steps": 6}, max_steps=20)
+    longer = branched(tmp_path / "2", 2, {"max_steps": 6}, max_steps=20)
+    lines = longer.path.read_text().splitlines(keepends=True)
+    first = json.loads(lines[0])
+    shorter = {**first, "config": {**first["config"], "max_steps": 5}}
+    lines[:1] = [json.dumps(shorter) + "\n", json.dumps({**first, "step": 2}) + "\n"]
+    longer.path.write_text("".join(lines))
+    longer = Curves(longer.path)
+    assert longer.settings()["trunk's max_steps until step 2"] == 5
+    assert not differ_only_in_seed(whole, longer)
+
+
 def restarted(folder: Path, seed: int, *starts: tuple[int, int]) -> Curves:
     """A run that was started at these steps, with these budgets."""
     path = write_run(folder / str(seed), seed=seed) / "metrics.jsonl"

@@ -6,12 +6,15 @@ import fcntl
 import hashlib
 import os
 import stat
+import subprocess
+import sys
 import time
 import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from common.files import UNFINISHED, atomic_write, locked, replace, take_lock, write_atomically
 
@@ -153,6 +156,23 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path):
     write_atomically(link, b"new")
     assert link.is_symlink() and target.read_bytes() == b"new"
     assert {path.name for path in tmp_path.iterdir()} == {"target", "link"}
+
+
+def test_a_link_to_itself_is_no_traceback(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with contextlib.suppress(OSError):  # refused or replaced
+        write_atomically(tmp_path / "a", b"new")
+
+
+def test_dev_stdout_is_written_where_stdout_is(tmp_path):
+    code = "import pathlib, common.files as f; print('first')\n"
+    code += "f.write_atomically(pathlib.Path('/dev/stdout'), b'second\\n'); print('third')"
+    out = tmp_path / "out"
+    out.write_text("before\n")
+    with open(out, "a") as file:
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=file, check=True)
+    assert out.read_text().split() == ["before", "first", "second", "third"]
 
 
 def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):

@@ -412,6 +412,16 @@ def test_verify_names_damaged_shards_and_the_command_repairs_exactly_those(jsonl
     assert all(path.stat().st_mtime_ns == then for path, then in untouched.items())
 
 
+def test_verify_moves_nothing_while_another_process_writes(jsonl, tmp_path):
+    folder = tmp_path / "o"
+    shutil.copytree(jsonl.parent / "shards", folder)
+    shard_paths(folder)[3].write_bytes(b"being written")
+    before = contents(folder)
+    with locked(folder), pytest.raises(ValueError, match="in use by another run") as error:
+        fineweb.verify(fineweb.DataConfig(out_dir=folder))
+    assert error.value.__notes__ == ["wait until it ends"] and contents(folder) == before
+
+
 def test_verify_needs_a_manifest(tmp_path):
     assert "manifest.json" in run_badly("--verify", "--out_dir", tmp_path)
 
@@ -508,7 +518,18 @@ def test_a_hub_that_never_answers_is_one_line_that_says_how_to_carry_on(
 @pytest.mark.parametrize("flags", [[], ["--verify"]])
 @pytest.mark.parametrize(
     "text",
-    ["{", "{}", "[]", "null", "5", '{"shards": [{}], "tokens": 0}', '{"shards": [], "tokens": 0}'],
+    [
+        "{",
+        "{}",
+        "[]",
+        "null",
+        "5",
+        '{"shards": {}, "tokens": 5}',
+        '{"shards": [], "tokens": 0}',
+        '{"shards": [{}], "tokens": 3}',
+        '{"shards": [{"name": "a", "tokens": 3}], "tokens": 3}',
+        '{"shards": [{"name": "a", "tokens": 3, "sha256": ""}], "tokens": 4}',
+    ],
 )
 def test_a_damaged_manifest_is_named_with_what_to_do(tmp_path, main_badly, flags, text):
     path = tmp_path / "manifest.json"

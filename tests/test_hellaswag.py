@@ -510,6 +510,7 @@ def test_training_reads_the_file_on_the_first_node_only(tmp_path, data):
 
 
 def test_a_file_that_is_missing_is_one_error_of_all_ranks(tmp_path):
+    (tmp_path / "model.pt").touch()
     ended = run_ranks(tmp_path, be_command, 2, tmp_path, tmp_path)
     (line,) = error_lines(ended)
     assert line == "hellaswag.py: error: examples.jsonl: no such file: check --data"

@@ -173,6 +173,13 @@ def test_the_facts_of_a_run_are_the_newest_up_to_a_step(tmp_path):
     assert run_facts(tmp_path, 4) == {**FACTS, **first, "step": 0}
 
 
+def test_a_loss_that_is_no_number_is_not_replaced_by_an_older_one(tmp_path):
+    text = '{"event": "val", "step": 0, "loss": 5.9}\n{"event": "val", "step": 4, "loss": null}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert run_facts(tmp_path) == {"step": 4}
+    assert run_facts(tmp_path, 3) == {"step": 0, "val_loss": 5.9}
+
+
 def test_damaged_lines_and_unknown_facts_are_left_out(tmp_path):
     text = '{"event": "run", "step": 0, "data_source": null, "git_hash": null}\n'
     text += '3\n[]\n{}\n\n{"event": "val", "step": 1}\n{"event": "val", "step": "x", "loss": 1}\n'

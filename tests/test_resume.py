@@ -307,6 +307,21 @@ def test_a_branch_says_what_it_changes_and_takes_the_command_of_its_trunk(
     assert peaks[1] < peaks[0] == pytest.approx(6e-5), "a tenth, as with --init_from alone"
 
 
+def test_a_branch_that_is_resumed_without_its_origin_is_still_that_branch(data_dir, tmp_path):
+    run_train(data_dir, tmp_path / "trunk", max_steps=2)
+    first = dict(branch_from=tmp_path / "trunk" / "ckpt_000002.pt")
+    run_train(data_dir, tmp_path / "b", max_steps=4, **first)
+    run_train(data_dir, tmp_path / "b", max_steps=6, resume=True)
+    run = run_train(data_dir, tmp_path / "b", max_steps=8, resume=True, **first)
+    origins = {m["config"]["branch_from"] for m in run if m["event"] == "run" and m["step"] > 2}
+    assert origins == {str(first["branch_from"])}
+    moved = dict(branch_from=Path("elsewhere", "trunk", "ckpt_000002.pt"))
+    run_train(data_dir, tmp_path / "b", max_steps=9, resume=True, **moved)
+    with pytest.raises(ValueError, match=r"branch_from was .*trunk.*, is now .*other"):
+        other = dict(branch_from=tmp_path / "other" / "ckpt_000002.pt")
+        run_train(data_dir, tmp_path / "b", max_steps=10, resume=True, **other)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -369,7 +369,7 @@ def test_a_loss_that_is_no_number_leaves_lines_of_strict_json(tmp_path, capsys):
     entry = json.loads(line, parse_constant=pytest.fail)
     assert entry["loss"] is None and entry["bpb"] is None
     with RunLog(tmp_path, 3, is_main=True) as log:
-        assert log.kept == {("val", 3)}
+        assert log.kept == {("val", 3)} and math.isnan(log.totals.val_loss)
 
 
 @pytest.mark.parametrize("last", ["train", "skip"])

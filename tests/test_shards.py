@@ -280,11 +280,15 @@ def test_a_file_without_a_header_is_read_only_if_its_ids_can_be_tokens(
 
 def test_a_manifest_is_partial_until_it_is_finished(tmp_path):
     assert read_manifest(tmp_path) == (None, False)
-    manifest = {"source": "local", "tokens": 0, "shards": [{"name": "a", "tokens": 3}]}
+    manifest = {
+        "source": "local",
+        "tokens": 0,
+        "shards": [{"name": "a", "tokens": 3, "sha256": ""}],
+    }
     write_manifest(tmp_path, manifest)
     assert os.listdir(tmp_path) == ["manifest.partial.json"]
     assert read_manifest(tmp_path) == ({**manifest, "tokens": 3}, False)
-    manifest["shards"].append({"name": "b", "tokens": 4})
+    manifest["shards"].append({"name": "b", "tokens": 4, "sha256": ""})
     write_manifest(tmp_path, manifest, finished=True)
     assert os.listdir(tmp_path) == ["manifest.json"]
     assert read_manifest(tmp_path) == ({**manifest, "tokens": 7}, True)
@@ -292,7 +296,7 @@ def test_a_manifest_is_partial_until_it_is_finished(tmp_path):
 
 
 def test_a_finished_manifest_counts_before_a_partial_one(tmp_path):
-    shards = [{"name": "a", "tokens": 3}]
+    shards = [{"name": "a", "tokens": 3, "sha256": ""}]
     write_manifest(tmp_path, {"source": "finished", "shards": shards}, finished=True)
     write_manifest(tmp_path, {"source": "partial", "shards": []})
     manifest, finished = read_manifest(tmp_path)
