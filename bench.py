@@ -61,7 +61,7 @@ class BenchConfig:
     compile: Literal["auto", "off"] = "auto"  # off: skip the rungs that use torch.compile
     seed: int = 1337  # for weights and tokens
     out: Path | None = None  # JSON file for the results
-    plot: Path | None = None  # PNG file for a bar chart
+    plot: Path | None = None  # .png or .svg file for a bar chart
 
     def __post_init__(self) -> None:
         for name in ("block_size", "micro_batch_size", "grad_accum_steps", "steps", "rounds"):

@@ -390,7 +390,8 @@ def find_questions(config: HellaSwagConfig, model: str) -> Questions:
         raise ValueError(
             f"--out {out} cannot be written: give a file in a folder that you may write to"
         )
-    taken = (Path(path) for path in (model, config.data) if path)
+    taken = [Path(path) for path in (model, config.data) if path]
+    taken += [file for path in taken if path.is_dir() for file in path.iterdir()]
     if out and out.exists() and any(path.exists() and out.samefile(path) for path in taken):
         raise ValueError(f"--out {out} is the model or the data itself: give another file")
     with advice("check --data" if config.data else what_to_do):

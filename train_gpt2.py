@@ -1,10 +1,10 @@
 """
 GPT-2 and its training, in one file. To run it:
 
-    python fineweb.py                                               # the data, once
-    python train_gpt2.py                                            # on a CPU, a Mac or one GPU
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py          # on eight GPUs
-    python train_gpt2.py --preset tiny --data_dir data/pydocs       # (fineweb.py --source pydocs)
+    python fineweb.py                                          # the data, once
+    python train_gpt2.py                                       # on a CPU, a Mac or one GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py     # on eight GPUs
+    python train_gpt2.py --preset tiny --data_dir data/pydocs  # after fineweb.py --source pydocs
 
 Read it from top to bottom: configuration, model, data, optimizer and schedule, ranks, one step,
 evaluation, the loop. What commands share is in common/: checkpoint files, the run's log, the

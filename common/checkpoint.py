@@ -183,7 +183,7 @@ def find_state(
     """
     out_dir, branch_from = config.out_dir, config.branch_from
     if config.resume:
-        with advice("restore one, or start again with another --out_dir"):
+        with advice("restore one, or start again with another --out_dir", ValueError):
             state = newest_checkpoint(out_dir, say, mmap)
         if state:
             return state, None
@@ -361,10 +361,10 @@ def check_same_run(
     given = [name for name in sizes if train_config.get(name) is not None]
     differ = differences(state["train_config"], train_config, names)
     # The origin of the weights may be left out, because files move. It may not be another one.
-    origin = "init_from" if branch else "branch_from"
-    before, now = state["train_config"].get(origin), train_config[origin]
-    if now is not None and not same_end(str(before), now):
-        differ += differences(state["train_config"], train_config, [origin])
+    for origin in ("init_from",) if branch else ("init_from", "branch_from"):
+        before, now = state["train_config"].get(origin), train_config[origin]
+        if now is not None and not same_end(str(before), now):
+            differ += differences(state["train_config"], train_config, [origin])
     differ += differences(sizes, train_config, given)
     differ += differences({"data": state["data"]}, {"data": data}, ["data"])
     if differ:

@@ -63,7 +63,7 @@ def run_command(
     except (ValueError, OSError) as error:
         fail_with(script, explain(error))
     except MemoryError as error:  # numpy says how much, Python nothing
-        what = " ".join(["not enough memory", f"({error})" if str(error) else ""]).strip()
+        what = f"not enough memory ({error})" if str(error) else "not enough memory"
         fail_with(script, f"{what}: give smaller numbers, or end other programs")
 
 

@@ -181,8 +181,9 @@ def find_dataset(dataset: str, name: str | None, split: str) -> tuple[str, list[
 
     try:
         settings = {"event_hooks": get_session().event_hooks, "follow_redirects": True}
-    except ImportError as error:  # a SOCKS proxy needs one more package
-        raise ValueError(f"{error} Or unset ALL_PROXY") from None
+    except ImportError:
+        what = "a SOCKS proxy (ALL_PROXY) needs one more package"
+        raise ValueError(f"{what}: run pip install socksio, or unset it") from None
     set_client_factory(lambda: httpx2.Client(**settings, timeout=HF_HUB_DOWNLOAD_TIMEOUT))
     datasets.disable_progress_bars()
     with hub_errors(dataset):

@@ -86,10 +86,9 @@ def find_on_hub(name: str) -> Find:
         reason = "access is restricted: ask for it on the model's page, and set HF_TOKEN"
     except errors.RepositoryNotFoundError:
         reason = "no such name there, or a private one, which needs HF_TOKEN"
-    except ImportError as error:  # a SOCKS proxy needs one more package
-        reason = first_line(error)
     except (
         OSError,
+        ImportError,  # a SOCKS proxy needs one more package
         httpx2.HTTPError,
         errors.EntryNotFoundError,
         errors.HFValidationError,

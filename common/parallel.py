@@ -176,7 +176,7 @@ def evaluating(model: nn.Module, signals: Sequence[int] = ()) -> Iterator[Callab
     """
     device = next(model.parameters()).device
     # Sharded passes are work of all ranks, and on CPUs all of HellaSwag takes hours: no rank may
-    # leave alone, or wait for one that goes on. On GPUs, agreeing would cost more than it saves.
+    # leave alone, or wait for one that goes on. On GPUs agreeing would make every pass wait.
     agree = is_sharded(model) or device.type == "cpu"
 
     def passes(steps: Iterable) -> Iterator:

@@ -237,6 +237,17 @@ def test_a_checkpoint_without_named_tensors_is_refused(model, weights):
         build_model(GPT, GPTConfig, vars(model.config), weights)
 
 
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "ckpt_000002.pt")
+
+    for step in (1, 2):
+        (tmp_path / f"ckpt_{step:06d}.pt").write_bytes(b"weights")
+    monkeypatch.setattr("common.checkpoint.zipfile.ZipFile", refuse)
+    with pytest.raises(PermissionError):  # to go on from an older one would lose steps
+        newest_checkpoint(tmp_path, pytest.fail)
+
+
 @pytest.mark.parametrize("name", ["n_layer", "n_embd", "block_size", "vocab_size"])
 @pytest.mark.parametrize("size", [10**9, 2**31 - 2])
 def test_a_huge_model_with_small_weights_is_refused_before_it_is_built(

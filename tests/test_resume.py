@@ -131,6 +131,8 @@ def test_another_run_is_not_resumed_but_another_length_is(data_dir, tmp_path, ca
     assert changed in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"branch_from was None, is now elsewhere"):
         run_train(data_dir, tmp_path, resume=True, max_steps=6, branch_from=Path("elsewhere"))
+    with pytest.raises(ValueError, match=r"init_from was None, is now gpt2"):
+        run_train(data_dir, tmp_path, resume=True, max_steps=6, init_from="gpt2")
     assert [m["step"] for m in longer if m["event"] == "train"] == list(range(6))
 
 
